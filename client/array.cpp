@@ -1,0 +1,144 @@
+#include "cowmgr/array.hpp"
+
+#include <fmt/format.h>
+
+#include "client/handles.hpp"
+
+namespace cowmgr {
+namespace detail {
+
+Result<void> check_dtype(const Dtype& dtype, const Dtype& wanted) {
+  if (dtype == wanted) return {};
+  return fail(Errc::invalid_dtype, fmt::format("the array holds {}, not {}", dtype.str(), wanted.str()));
+}
+
+Result<void> check_process(std::uint64_t generation) {
+  if (generation == fork_generation()) return {};
+  return fail(Errc::wrong_process, "this handle belongs to the parent of this forked process; make one here");
+}
+
+// ---- ArrayImpl ----
+
+ArrayImpl::~ArrayImpl() {
+  const bool is_ours = generation_ == fork_generation();
+  mapping_.reset();
+  connection_->forget_mapping(info_.id);
+  if (is_ours) connection_->release_view(info_.id);
+}
+
+Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::map_all(
+    const std::shared_ptr<Connection>& connection, const Connection::Reply<wire::Arrays>& reply, View view) {
+  const auto* tables = reply->arrays();
+  std::vector<std::unique_ptr<ArrayImpl>> arrays;
+  if (tables == nullptr || tables->size() != reply.fds().size()) {
+    return fail(Errc::protocol_error, "the daemon sent arrays without their descriptors");
+  }
+  for (flatbuffers::uoffset_t i = 0; i < tables->size(); ++i) {
+    auto info = info_of(*tables->Get(i));
+    if (!info) return error_of(std::move(info));
+    const int fd = reply.fds()[i].get();
+    auto mapping = [&]() -> Result<std::shared_ptr<Mapping>> {
+      if (view == View::shared) return connection->map_shared(info->id, fd, info->segment_bytes);
+      auto mapped = Mapping::map(fd, info->segment_bytes, Access::copy_on_write);
+      if (!mapped) return error_of(std::move(mapped));
+      return std::make_shared<Mapping>(*std::move(mapped));
+    }();
+    if (!mapping) {
+      // The daemon counts a view for each array of the reply: those that are not mapped must be told back.
+      for (auto rest = i; rest < tables->size(); ++rest) connection->release_view(tables->Get(rest)->id());
+      return error_of(std::move(mapping));
+    }
+    arrays.push_back(std::make_unique<ArrayImpl>(connection, *std::move(info), *std::move(mapping), view));
+  }
+  return arrays;
+}
+
+// ---- WriterImpl ----
+
+WriterImpl::~WriterImpl() {
+  if (generation_ != fork_generation()) {
+    // The writable mapping does not exist in a child (MADV_DONTFORK); something else may lie there by now.
+    if (!is_read_only_) (void)new Mapping(std::move(mapping_));
+    return;
+  }
+  if (is_sealed_) return;
+  mapping_ = Mapping();
+  reader_.reset();
+  (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info_.id); });
+}
+
+Result<std::unique_ptr<ArrayImpl>> WriterImpl::seal() {
+  if (auto ok = check_process(generation_); !ok) return error_of(std::move(ok));
+  if (!is_read_only_) {
+    if (auto ok = mapping_.make_read_only(reader_.get()); !ok) return error_of(std::move(ok));
+    is_read_only_ = true;
+    reader_.reset();
+  }
+  const auto reply =
+      connection_->call<wire::Arrays>([&](Builder& b) { return wire::CreateSealArray(b, info_.id); });
+  if (!reply) return error_of(reply);
+  is_sealed_ = true;
+  if ((*reply)->arrays() == nullptr || (*reply)->arrays()->size() != 1)
+    return fail(Errc::protocol_error, "the daemon's answer to a seal is malformed");
+  auto info = info_of(*(*reply)->arrays()->Get(0));
+  if (!info) return error_of(std::move(info));
+  auto mapping = std::make_shared<Mapping>(std::move(mapping_));
+  connection_->keep_mapping(info_.id, mapping);
+  return std::make_unique<ArrayImpl>(connection_, *std::move(info), std::move(mapping), View::shared);
+}
+
+}  // namespace detail
+
+// ---- Array ----
+
+Array::Array(std::unique_ptr<detail::ArrayImpl> impl) noexcept : impl_(std::move(impl)) {}
+Array::Array(Array&&) noexcept = default;
+Array& Array::operator=(Array&&) noexcept = default;
+Array::~Array() = default;
+
+const std::string& Array::name() const noexcept {
+  return impl_->info().name;
+}
+std::uint64_t Array::version() const noexcept {
+  return impl_->info().version;
+}
+const ArraySpec& Array::spec() const noexcept {
+  return impl_->info().spec;
+}
+std::span<const std::byte> Array::bytes() const noexcept {
+  return impl_->data();
+}
+std::span<std::byte> Array::data() const noexcept {
+  return impl_->data();
+}
+
+Result<std::span<std::byte>> Array::mutable_bytes() {
+  if (impl_->view() == View::copy_on_write) return impl_->data();
+  return fail(
+      Errc::permission_denied,
+      "this view is shared and read-only; attach with View::copy_on_write to write to a private copy");
+}
+
+// ---- ArrayWriter ----
+
+ArrayWriter::ArrayWriter(std::unique_ptr<detail::WriterImpl> impl) noexcept : impl_(std::move(impl)) {}
+ArrayWriter::ArrayWriter(ArrayWriter&&) noexcept = default;
+ArrayWriter& ArrayWriter::operator=(ArrayWriter&&) noexcept = default;
+ArrayWriter::~ArrayWriter() = default;
+
+const ArraySpec& ArrayWriter::spec() const noexcept {
+  return impl_->info().spec;
+}
+std::span<std::byte> ArrayWriter::bytes() const noexcept {
+  return impl_->data();
+}
+
+Result<Array> ArrayWriter::seal() {
+  if (!impl_) return fail(Errc::not_holder, "this writer has sealed its array already");
+  auto array = impl_->seal();
+  if (!array) return error_of(std::move(array));
+  impl_.reset();
+  return Array(*std::move(array));
+}
+
+}  // namespace cowmgr

@@ -1,0 +1,296 @@
+#include "cowmgr/client.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+
+#include <fmt/format.h>
+
+#include "client/connection.hpp"
+#include "client/handles.hpp"
+#include "proto/text.hpp"
+
+namespace cowmgr {
+namespace {
+
+using detail::Builder;
+using detail::Offset;
+
+constexpr const char* kSystemSocket = "/run/cowmgr/cowmgr.sock";
+
+// DESIGN of the search: the environment, the user's own daemon, the system's.
+std::string find_socket() {
+  if (const char* path = std::getenv("COWMGR_SOCKET"); path != nullptr && *path != '\0') return path;
+  if (const char* runtime = std::getenv("XDG_RUNTIME_DIR"); runtime != nullptr && *runtime != '\0') {
+    std::string path = std::string(runtime) + "/cowmgr/cowmgr.sock";
+    std::error_code ignored;
+    if (std::filesystem::exists(path, ignored)) return path;
+  }
+  return kSystemSocket;
+}
+
+// dtype, shape and order of a request.
+struct WireSpec {
+  Offset<flatbuffers::String> name;
+  Offset<flatbuffers::String> dtype;
+  Offset<flatbuffers::Vector<std::uint64_t>> shape;
+};
+
+WireSpec pack_spec(Builder& builder, std::string_view name, const ArraySpec& spec) {
+  return {builder.CreateString(name.data(), name.size()), builder.CreateString(spec.dtype.str()),
+          builder.CreateVector(spec.shape)};
+}
+
+// Refuses here what the daemon would refuse: strings with NUL do not survive every step.
+Result<void> check(std::string_view name, const ArraySpec& spec) {
+  if (auto ok = check_name(name); !ok) return ok;
+  if (auto bytes = data_bytes(spec); !bytes) return error_of(std::move(bytes));
+  return {};
+}
+
+EvictReport report_of(const wire::Names& names) {
+  return {detail::strings_of(names.names()), names.freed_bytes()};
+}
+
+// All pages of a listing: `ask(after)` gets one, `append(page)` takes its items.
+template <class Ask, class Append>
+Result<void> all_pages(const Ask& ask, const Append& append) {
+  for (std::uint64_t after = 0;;) {
+    const auto page = ask(after);
+    if (!page) return error_of(page);
+    if (auto ok = append(**page); !ok) return ok;
+    after = (*page)->next();
+    if (after == 0) return {};
+  }
+}
+
+}  // namespace
+
+Result<Client> Client::connect(const ConnectOptions& options) {
+  auto connection =
+      detail::Connection::open(options.socket.empty() ? find_socket() : options.socket,
+                               options.command.empty() ? program_invocation_short_name : options.command);
+  if (!connection) return error_of(std::move(connection));
+  return Client(*std::move(connection));
+}
+
+const std::string& Client::socket() const noexcept {
+  return connection_->socket();
+}
+
+Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
+                                   const CreateOptions& options) const {
+  if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
+  const auto order = spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c;
+  auto reply = connection_->call<wire::Created>([&](Builder& b) {
+    const auto packed = pack_spec(b, name, spec);
+    return wire::CreateMakeArray(b, packed.name, packed.dtype, packed.shape, order, options.replace,
+                                 options.evictable, options.mode);
+  });
+  if (!reply) return error_of(std::move(reply));
+  if ((*reply)->array() == nullptr || reply->fds().size() != 2)
+    return fail(Errc::protocol_error, "the daemon made an array without its memory");
+  auto info = detail::info_of(*(*reply)->array());
+  if (!info) return error_of(std::move(info));
+  auto mapping = Mapping::map(reply->fds()[0].get(), info->segment_bytes, Access::read_write);
+  if (!mapping) {
+    // This session is the array's writer all the same, until it says that it gives the array up.
+    (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info->id); });
+    return error_of(std::move(mapping));
+  }
+  return ArrayWriter(std::make_unique<detail::WriterImpl>(connection_, *std::move(info), *std::move(mapping),
+                                                          std::move(reply->fds()[1])));
+}
+
+Result<Array> Client::put(std::string_view name, const ArraySpec& spec, std::span<const std::byte> data,
+                          const CreateOptions& options) const {
+  const auto expected = data_bytes(spec);
+  if (!expected) return error_of(expected);
+  if (*expected != data.size()) {
+    return fail(Errc::invalid_shape,
+                fmt::format("{} items of {} take {} bytes; {} were given", to_string(spec.shape),
+                            spec.dtype.str(), *expected, data.size()));
+  }
+  auto writer = create(name, spec, options);
+  if (!writer) return error_of(std::move(writer));
+  if (!data.empty()) std::memcpy(writer->bytes().data(), data.data(), data.size());
+  return writer->seal();
+}
+
+Result<Array> Client::attach(std::string_view name, const AttachOptions& options) const {
+  const std::string names[] = {std::string(name)};
+  auto arrays = attach(names, options);
+  if (!arrays) return error_of(std::move(arrays));
+  return std::move(arrays->front());
+}
+
+Result<std::vector<Array>> Client::attach(std::span<const std::string> names,
+                                          const AttachOptions& options) const {
+  const detail::Patience patience(options.wait);
+  for (;;) {
+    const std::uint32_t wait_ms = patience.next_ms();
+    auto reply = connection_->call<wire::Arrays>([&](Builder& b) {
+      const auto packed = b.CreateVectorOfStrings(names.begin(), names.end());
+      return wire::CreateAttach(b, packed, 0, wait_ms);
+    });
+    if (!reply) {
+      if (reply.error().code == Errc::timed_out && !patience.is_over()) continue;
+      return error_of(std::move(reply));
+    }
+    auto impls = detail::ArrayImpl::map_all(connection_, *reply, options.view);
+    if (!impls) return error_of(std::move(impls));
+    if (impls->size() != names.size())
+      return fail(Errc::protocol_error, "the daemon sent another number of arrays than was asked for");
+    std::vector<Array> arrays;
+    for (auto& impl : *impls) arrays.push_back(Array(std::move(impl)));
+    return arrays;
+  }
+}
+
+Result<EvictReport> Client::evict(std::span<const std::string> patterns) const {
+  const auto reply = connection_->call<wire::Names>([&](Builder& b) {
+    return wire::CreateEvict(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()));
+  });
+  if (!reply) return error_of(reply);
+  return report_of(**reply);
+}
+
+Result<EvictReport> Client::evict_lru(std::uint64_t size_bytes) const {
+  if (size_bytes == 0) return EvictReport{};
+  const auto reply =
+      connection_->call<wire::Names>([&](Builder& b) { return wire::CreateEvict(b, 0, size_bytes); });
+  if (!reply) return error_of(reply);
+  return report_of(**reply);
+}
+
+Result<std::vector<std::string>> Client::pin(std::span<const std::string> patterns, bool pinned) const {
+  const auto reply = connection_->call<wire::Names>([&](Builder& b) {
+    return wire::CreatePin(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()), pinned);
+  });
+  if (!reply) return error_of(reply);
+  return detail::strings_of((*reply)->names());
+}
+
+Result<ArrayDetails> Client::stat(std::string_view name) const {
+  const auto reply = connection_->call<wire::ArrayDetails>(
+      [&](Builder& b) { return wire::CreateStatArray(b, b.CreateString(name.data(), name.size())); });
+  if (!reply) return error_of(reply);
+  if ((*reply)->array() == nullptr)
+    return fail(Errc::protocol_error, "the daemon's description of an array is malformed");
+  auto info = detail::info_of(*(*reply)->array());
+  if (!info) return error_of(std::move(info));
+  ArrayDetails details{*std::move(info), (*reply)->resident_bytes(), (*reply)->huge_bytes(), {}};
+  if ((*reply)->holders() != nullptr) {
+    for (const auto* holder : *(*reply)->holders()) details.holders.push_back(detail::info_of(*holder));
+  }
+  return details;
+}
+
+Result<std::vector<ArrayInfo>> Client::list(std::string_view pattern) const {
+  std::vector<ArrayInfo> arrays;
+  const auto ask = [&](std::uint64_t after) {
+    return connection_->call<wire::Arrays>([&](Builder& b) {
+      return wire::CreateListArrays(b, b.CreateString(pattern.data(), pattern.size()), after);
+    });
+  };
+  auto ok = all_pages(ask, [&](const wire::Arrays& page) -> Result<void> {
+    if (page.arrays() == nullptr) return {};
+    for (const auto* table : *page.arrays()) {
+      auto info = detail::info_of(*table);
+      if (!info) return error_of(std::move(info));
+      arrays.push_back(*std::move(info));
+    }
+    return {};
+  });
+  if (!ok) return error_of(std::move(ok));
+  return arrays;
+}
+
+Result<std::vector<ClientInfo>> Client::clients() const {
+  std::vector<ClientInfo> clients;
+  const auto ask = [&](std::uint64_t after) {
+    return connection_->call<wire::Clients>([&](Builder& b) { return wire::CreateListClients(b, after); });
+  };
+  auto ok = all_pages(ask, [&](const wire::Clients& page) -> Result<void> {
+    if (page.clients() == nullptr) return {};
+    for (const auto* table : *page.clients()) clients.push_back(detail::info_of(*table));
+    return {};
+  });
+  if (!ok) return error_of(std::move(ok));
+  return clients;
+}
+
+namespace {
+
+Result<ResultsInfo> only_set(const wire::Results& results) {
+  if (results.sets() == nullptr || results.sets()->size() != 1)
+    return fail(Errc::protocol_error, "the daemon's description of a result set is malformed");
+  return detail::info_of(*results.sets()->Get(0));
+}
+
+}  // namespace
+
+Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec& spec, std::uint64_t slots,
+                                         const CreateOptions& options) const {
+  if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
+  if (spec.order != Order::c)
+    return fail(Errc::invalid_argument, "a result set has C order, so that the rows of a slot lie together");
+  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+    const auto packed = pack_spec(b, name, spec);
+    return wire::CreateMakeResults(b, packed.name, packed.dtype, packed.shape, slots, options.replace,
+                                   options.evictable, options.mode);
+  });
+  if (!reply) return error_of(reply);
+  auto info = only_set(**reply);
+  if (!info) return error_of(std::move(info));
+  return ResultSet(std::make_shared<detail::ResultSetImpl>(connection_, *std::move(info)));
+}
+
+Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait) const {
+  const detail::Patience patience(wait);
+  for (;;) {
+    const std::uint32_t wait_ms = patience.next_ms();
+    const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+      return wire::CreateOpenResults(b, b.CreateString(name.data(), name.size()), wait_ms);
+    });
+    if (!reply && reply.error().code == Errc::timed_out && !patience.is_over()) continue;
+    if (!reply) return error_of(reply);
+    auto info = only_set(**reply);
+    if (!info) return error_of(std::move(info));
+    return ResultSet(std::make_shared<detail::ResultSetImpl>(connection_, *std::move(info)));
+  }
+}
+
+Result<std::vector<ResultsInfo>> Client::list_results(std::string_view pattern) const {
+  std::vector<ResultsInfo> sets;
+  const auto ask = [&](std::uint64_t after) {
+    return connection_->call<wire::Results>([&](Builder& b) {
+      return wire::CreateListResults(b, b.CreateString(pattern.data(), pattern.size()), after);
+    });
+  };
+  auto ok = all_pages(ask, [&](const wire::Results& page) -> Result<void> {
+    if (page.sets() == nullptr) return {};
+    for (const auto* table : *page.sets()) {
+      auto info = detail::info_of(*table);
+      if (!info) return error_of(std::move(info));
+      sets.push_back(*std::move(info));
+    }
+    return {};
+  });
+  if (!ok) return error_of(std::move(ok));
+  return sets;
+}
+
+Result<DaemonInfo> Client::ping() const {
+  const auto reply = connection_->call<wire::Pong>([](Builder& b) { return wire::CreatePing(b); });
+  if (!reply) return error_of(reply);
+  return detail::info_of(**reply);
+}
+
+Result<void> Client::shutdown() const {
+  const auto reply = connection_->call<wire::Done>([](Builder& b) { return wire::CreateShutdown(b); });
+  if (!reply) return error_of(reply);
+  return {};
+}
+
+}  // namespace cowmgr

@@ -1,0 +1,210 @@
+// The connection behind a Client: channels to the daemon, and the mappings that this process has.
+//
+// 1. A channel carries one request at a time. A call takes an idle one, or opens another, so that threads do
+//    not wait for each other; all channels of a process belong to one session.
+// 2. What the daemon counts (views, slots, writers) belongs to the session, not to a channel.
+// 3. A forked child starts over with no channel and no session; see fork_guard.hpp.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "client/fork_guard.hpp"
+#include "cowmgr/info.hpp"
+#include "proto/errors.hpp"
+#include "proto/fd_socket.hpp"
+#include "proto/frames.hpp"
+#include "proto/mapping.hpp"
+#include "proto/unique_fd.hpp"
+
+namespace cowmgr::detail {
+
+using Builder = flatbuffers::FlatBufferBuilder;
+template <class T>
+using Offset = flatbuffers::Offset<T>;
+
+[[nodiscard]] Error error_of_failure(const wire::Failure& failure);
+
+// A socket with the buffers of the request and the reply that it carries.
+class Channel {
+ public:
+  explicit Channel(UniqueFd socket);
+  ~Channel();
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  // Starts a request; finish it with send() or exchange().
+  [[nodiscard]] Builder& builder() noexcept;
+  template <class Table>
+  void finish(Offset<Table> table, const std::vector<std::uint64_t>& released = {}) {
+    const auto ids = released.empty() ? 0 : builder_.CreateVector(released);
+    builder_.Finish(
+        wire::CreateRequest(builder_, wire::RequestBodyTraits<Table>::enum_value, table.Union(), ids));
+  }
+
+  // Sends what was finished; blocks while the daemon has no room for it.
+  [[nodiscard]] Result<void> send();
+  // Sends, and receives the reply, which is valid until the next request. An error means that the channel
+  // cannot be used any more.
+  [[nodiscard]] Result<const wire::Reply*> exchange();
+  [[nodiscard]] std::vector<UniqueFd> take_fds() noexcept { return std::move(fds_); }
+
+ private:
+  UniqueFd socket_;
+  Builder builder_;
+  std::unique_ptr<std::byte[]> buffer_;
+  std::vector<UniqueFd> fds_;
+  std::uint64_t generation_;
+};
+
+class Connection {
+ public:
+  // Connects and says Hello. Errors: as Client::connect.
+  [[nodiscard]] static Result<std::shared_ptr<Connection>> open(std::string socket, std::string command);
+
+  // The reply to a call; its tables and descriptors are valid while this object lives, which keeps the
+  // channel busy: let go of it soon.
+  template <class Body>
+  class Reply {
+   public:
+    Reply(Connection& connection, std::unique_ptr<Channel> channel, const Body* body)
+        : connection_(&connection), channel_(std::move(channel)), body_(body), fds_(channel_->take_fds()) {}
+    Reply(Reply&& other) noexcept = default;
+    Reply& operator=(Reply&&) = delete;
+    Reply(const Reply&) = delete;
+    Reply& operator=(const Reply&) = delete;
+    ~Reply() {
+      if (channel_) connection_->put_back(std::move(channel_));
+    }
+    const Body* operator->() const noexcept { return body_; }
+    const Body& operator*() const noexcept { return *body_; }
+    [[nodiscard]] const std::vector<UniqueFd>& fds() const noexcept { return fds_; }
+    [[nodiscard]] std::vector<UniqueFd>& fds() noexcept { return fds_; }
+
+   private:
+    Connection* connection_;
+    std::unique_ptr<Channel> channel_;
+    const Body* body_;
+    std::vector<UniqueFd> fds_;
+  };
+
+  // One request and its reply of the type `Body`. `build` gets a builder and returns the request's table.
+  // Blocks until the reply is there. Errors: what the daemon answered, disconnected, protocol_error.
+  template <class Body, class Build>
+  [[nodiscard]] Result<Reply<Body>> call(const Build& build) {
+    auto channel = take();
+    if (!channel) return error_of(std::move(channel));
+    const auto released = take_releases();
+    (*channel)->finish(build((*channel)->builder()), released);
+    const auto reply = (*channel)->exchange();
+    if (!reply) return give_up(*std::move(channel), reply.error(), released);
+    if (const auto* failure = (*reply)->body_as_Failure()) {
+      Error error = error_of_failure(*failure);
+      put_back(*std::move(channel));
+      return tl::unexpected(std::move(error));
+    }
+    const auto* body = (*reply)->template body_as<Body>();
+    if (body == nullptr)
+      return give_up(*std::move(channel),
+                     {Errc::protocol_error, "the daemon answers something else than was asked"});
+    return Reply<Body>(*this, *std::move(channel), body);
+  }
+
+  // A request that has no reply. Errors are not told: the daemon is gone, and what was held with it.
+  template <class Build>
+  void notify(const Build& build) {
+    auto channel = take();
+    if (!channel) return;
+    (*channel)->finish(build((*channel)->builder()), take_releases());
+    if (auto sent = (*channel)->send(); sent)
+      put_back(*std::move(channel));
+    else
+      (void)give_up(*std::move(channel), std::move(sent).error());
+  }
+
+  // Tells the daemon that a view is gone: with the next request, or by itself within two milliseconds if
+  // there is none. A message for each would double the cost of looking at an array (`./dev bench`). Never
+  // blocks.
+  void release_view(std::uint64_t id) noexcept;
+
+  // The mapping that this process has of the array `id`, or a new one of `fd`.
+  [[nodiscard]] Result<std::shared_ptr<Mapping>> map_shared(std::uint64_t id, int fd,
+                                                            std::uint64_t size_bytes);
+  void keep_mapping(std::uint64_t id, const std::shared_ptr<Mapping>& mapping);
+  // To be called when a mapping may have gone, so that nothing of it stays behind.
+  void forget_mapping(std::uint64_t id) noexcept;
+
+  [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
+
+  ~Connection();
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+
+ private:
+  Connection(std::string socket, std::string command)
+      : socket_(std::move(socket)), command_(std::move(command)) {}
+
+  [[nodiscard]] Result<std::unique_ptr<Channel>> take();
+  [[nodiscard]] Result<std::unique_ptr<Channel>> open_channel(std::uint64_t session);
+  void put_back(std::unique_ptr<Channel> channel) noexcept;
+  // A request failed, and the releases that it carried with it. A channel that is still good is put back.
+  [[nodiscard]] tl::unexpected<Error> give_up(std::unique_ptr<Channel> channel, Error error,
+                                              const std::vector<std::uint64_t>& released = {});
+  void start_over_in_child() noexcept;
+  void leave_threads_to_parent() noexcept;
+  [[nodiscard]] std::vector<std::uint64_t> take_releases();
+  void start_flusher();
+  void flush_releases();
+
+  const std::string socket_;
+  const std::string command_;
+
+  // All below is guarded by pool_mutex().
+  std::vector<std::unique_ptr<Channel>> idle_;
+  std::vector<std::uint64_t> releases_;   // not told yet
+  std::unique_ptr<std::thread> flusher_;  // from the first release on
+  std::unique_ptr<std::condition_variable> flusher_wake_ = std::make_unique<std::condition_variable>();
+  std::uint64_t release_count_ = 0;
+  bool is_flusher_resting_ = false;
+  bool is_closing_ = false;
+  std::unordered_map<std::uint64_t, std::weak_ptr<Mapping>> mappings_;
+  std::size_t open_channels_ = 0;
+  std::unique_ptr<std::condition_variable> channel_free_ = std::make_unique<std::condition_variable>();
+  std::uint64_t session_ = 0;  // 0: none yet
+  std::uint64_t generation_ = fork_generation();
+  bool is_lost_ = false;  // the daemon went away
+};
+
+// How long one request may wait in the daemon; longer waits ask again.
+inline constexpr Milliseconds kLongestPoll{20'000};
+
+// A wait of the caller, cut into requests.
+class Patience {
+ public:
+  explicit Patience(Milliseconds wait)
+      : is_endless_(wait == kForever), end_(Clock::now() + (is_endless_ ? Milliseconds{0} : wait)) {}
+
+  // For the wait_ms of the next request.
+  [[nodiscard]] std::uint32_t next_ms() const {
+    if (is_endless_) return static_cast<std::uint32_t>(kLongestPoll.count());
+    const auto left = std::chrono::ceil<Milliseconds>(end_ - Clock::now());
+    return static_cast<std::uint32_t>(std::clamp(left, Milliseconds{0}, kLongestPoll).count());
+  }
+  [[nodiscard]] bool is_over() const { return !is_endless_ && Clock::now() >= end_; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  bool is_endless_;
+  Clock::time_point end_;
+};
+
+}  // namespace cowmgr::detail

@@ -1,0 +1,228 @@
+// The command line's grammar, its help, and the table of subcommands. See options.hpp.
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <sstream>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include "client/cowctl/commands.hpp"
+#include "proto/text.hpp"
+#include "proto/version.hpp"
+
+namespace cowmgr::cli {
+namespace {
+
+constexpr int kWrongUsage = 2;
+constexpr std::uint32_t kAllModeBits = 0777;
+
+// CLI11 would read some arguments its own way: "[a,b]" as a list, so that the glob [ab] lost its brackets,
+// and what follows "--" as options again, after an optional argument. This byte in front hides them; plain()
+// takes it away. No name has it, and where a user typed it, it is hidden too.
+constexpr char kGuard = '\x01';
+
+std::string guarded(std::string_view argument) {
+  return kGuard + std::string(argument);
+}
+
+std::string plain(std::string argument) {
+  if (argument.starts_with(kGuard)) argument.erase(0, 1);
+  return argument;
+}
+
+bool needs_guard(std::string_view argument) {
+  return (argument.starts_with('[') && argument.ends_with(']')) || argument.starts_with(kGuard);
+}
+
+// As CLI11 takes them: without the program's name, last one first.
+std::vector<std::string> reversed_arguments(int argc, const char* const* argv) {
+  std::vector<std::string> arguments;
+  bool is_rest_plain = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    if (argument == "--" && !is_rest_plain)
+      is_rest_plain = true;
+    else
+      arguments.push_back(is_rest_plain || needs_guard(argument) ? guarded(argument) : std::string(argument));
+  }
+  std::reverse(arguments.begin(), arguments.end());
+  return arguments;
+}
+
+// A value that is text, to be taken as it is.
+template <class Target>
+CLI::Option* add_text(CLI::App& app, const std::string& name, Target& target, const std::string& help) {
+  return app.add_option(name, target, help)->transform(&plain);
+}
+
+std::uint64_t size_of(const std::string& text) {
+  const auto size = parse_size(text);
+  if (!size) throw CLI::ValidationError("--lru", size.error().message);
+  if (*size == 0) throw CLI::ValidationError("--lru", "the size must be over 0");
+  return *size;
+}
+
+std::uint32_t mode_of(const std::string& text) {
+  std::uint32_t mode = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, mode, 8);
+  if (error != std::errc() || stop != end || mode > kAllModeBits) {
+    throw CLI::ValidationError(
+        "--mode",
+        fmt::format("{} is not a mode; write octal digits up to 0777, as in chmod", printable(text)));
+  }
+  return mode;
+}
+
+void declare_nothing(CLI::App& /*app*/, Options& /*options*/) {}
+
+void declare_glob(CLI::App& app, Options& options) {
+  add_text(app, "GLOB", options.patterns, "Only names that match, as the shell matches; quote it")
+      ->expected(0, 1);
+}
+
+void declare_stat(CLI::App& app, Options& options) {
+  auto* name = add_text(app, "NAME", options.name, "The array; without it, the daemon");
+  app.callback([&options, name] { options.has_name = name->count() > 0; });
+}
+
+void declare_put(CLI::App& app, Options& options) {
+  add_text(app, "FILE", options.file, "The .npy file to read")->required();
+  auto* name = add_text(app, "--name", options.name, "The array's name. Default: the file's, without .npy");
+  app.add_flag("--replace", options.create.replace, "Put a new version when the name exists");
+  app.add_flag("--evictable", options.create.evictable,
+               "Let it go, least recently used first, when room is needed");
+  app.add_option_function<std::string>(
+         "--mode", [&options](const std::string& text) { options.create.mode = mode_of(text); },
+         "Who may read it (attach) and write it (replace, evict, pin), in octal. Default: 0600")
+      ->transform(&plain)
+      ->type_name("MODE");
+  app.add_flag("--pin", options.pin, "Pin it: never evict it");
+  app.callback([&options, name] { options.has_name = name->count() > 0; });
+}
+
+void declare_get(CLI::App& app, Options& options) {
+  add_text(app, "NAME", options.name, "The array")->required();
+  add_text(app, "FILE", options.file, "The .npy file to write")->required();
+  app.add_flag("--force", options.force, "Overwrite the file if it exists");
+}
+
+void declare_names(CLI::App& app, Options& options) {
+  add_text(app, "NAME", options.patterns, "Names or globs; quote globs, and write \\* for a star in a name")
+      ->required();
+}
+
+void declare_evict(CLI::App& app, Options& options) {
+  auto* names = add_text(app, "NAME", options.patterns, "Names or globs; quote globs");
+  auto* lru = app.add_option_function<std::string>(
+      "--lru", [&options](const std::string& text) { options.lru_bytes = size_of(text); },
+      "Evict what was least recently used until that much is free, as in 1.5GiB");
+  lru->transform(&plain)->type_name("SIZE")->excludes(names);
+  app.callback([names, lru] {
+    if (names->count() + lru->count() == 0) throw CLI::RequiredError("NAME or --lru SIZE");
+  });
+}
+
+struct Subcommand {
+  const char* name;
+  const char* help;
+  const char* example;
+  void (*declare)(CLI::App& app, Options& options);
+  Command run;
+};
+
+constexpr std::array<Subcommand, 11> kSubcommands = {{
+    {"ls", "List arrays", "cowctl ls 'train*'", declare_glob, run_ls},
+    {"stat", "Show all about an array, or about the daemon", "cowctl stat train", declare_stat, run_stat},
+    {"put", "Put a .npy file as an array", "cowctl put train.npy --name train --pin", declare_put, run_put},
+    {"get", "Write an array to a .npy file", "cowctl get train copy.npy", declare_get, run_get},
+    {"evict", "Take names away now, their memory with the last view",
+     "cowctl evict 'old-*'   or   cowctl evict --lru 1.5GiB", declare_evict, run_evict},
+    {"pin", "Never evict these arrays", "cowctl pin train test", declare_names, run_pin},
+    {"unpin", "Undo pin", "cowctl unpin 't*'", declare_names, run_unpin},
+    {"clients", "List who is connected, and what they hold", "cowctl clients", declare_nothing, run_clients},
+    {"results", "List result sets", "cowctl results --json", declare_glob, run_results},
+    {"ping", "Measure the round trip to the daemon", "cowctl ping", declare_nothing, run_ping},
+    {"shutdown", "Stop the daemon", "cowctl shutdown", declare_nothing, run_shutdown},
+}};
+
+std::string examples() {
+  std::string out = "Examples:\n";
+  for (const auto& subcommand : kSubcommands) out += fmt::format("  {}\n", subcommand.example);
+  return out + "\nExit codes: 0 done, 1 refused, 2 wrong usage, 3 no daemon.";
+}
+
+void declare_globals(CLI::App& app, Options& options) {
+  app.set_version_flag("--version", fmt::format("cowctl {}", kVersion));
+  add_text(app, "--socket", options.socket,
+           "The daemon's socket. Default: $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock if it is there, else "
+           "/run/cowmgr/cowmgr.sock")
+      ->envname("COWMGR_SOCKET")
+      ->type_name("PATH");
+  app.add_flag("--json", options.json, "Print JSON, sizes in bytes; errors too, on standard error");
+  app.require_subcommand(1);
+  app.fallthrough();  // of the subcommands that are made from here on: global options may follow them
+}
+
+void declare_subcommands(CLI::App& app, Options& options) {
+  for (const auto& subcommand : kSubcommands) {
+    auto* child = app.add_subcommand(subcommand.name, subcommand.help);
+    child->footer(fmt::format("Example:\n  {}", subcommand.example));
+    subcommand.declare(*child, options);
+  }
+  app.footer(examples());
+}
+
+void choose_command(Options& options, const std::string& name) {
+  const auto* chosen = std::find_if(kSubcommands.begin(), kSubcommands.end(),
+                                    [&](const auto& subcommand) { return subcommand.name == name; });
+  COWMGR_ASSERT(chosen != kSubcommands.end());
+  options.command = chosen->run;
+  options.command_name = "cowctl " + name;
+}
+
+std::string wrong_usage_text(const CLI::App& app, const CLI::ParseError& error) {
+  std::string text = error.what();
+  const auto unknown = app.remaining();
+  if (app.get_subcommands().empty() && !unknown.empty()) {
+    text = fmt::format("there is no command {}", printable(plain(unknown.front())));
+  }
+  std::erase(text, kGuard);
+  return text + "; see `cowctl --help`";
+}
+
+Answer answer_of(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() != 0) return {kWrongUsage, wrong_usage_text(app, error)};
+  std::ostringstream out;
+  app.exit(error, out, out);
+  return {0, out.str()};
+}
+
+}  // namespace
+
+std::variant<Options, Answer> parse_command_line(int argc, const char* const* argv) {
+  Options options;
+  CLI::App app("Look after the arrays that a cowmgr daemon holds.", "cowctl");
+  declare_globals(app, options);
+  declare_subcommands(app, options);
+  try {
+    app.parse(reversed_arguments(argc, argv));
+  } catch (const CLI::ParseError& error) {
+    return answer_of(app, error);
+  }
+  choose_command(options, app.get_subcommands().front()->get_name());
+  options.style = Style::of(stdout);
+  return options;
+}
+
+bool asks_for_json(int argc, const char* const* argv) noexcept {
+  const auto is = [](std::string_view text) {
+    return [text](const char* argument) { return argument == text; };
+  };
+  const auto* end = std::find_if(argv, argv + argc, is("--"));
+  return std::find_if(argv, end, is("--json")) != end;
+}
+
+}  // namespace cowmgr::cli

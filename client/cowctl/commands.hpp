@@ -1,0 +1,26 @@
+// The subcommands: each asks the daemon and says what it answered. None prints, but for progress.
+#pragma once
+
+#include "client/cowctl/options.hpp"
+
+namespace cowmgr::cli {
+
+[[nodiscard]] Result<Report> run_ls(const Options& options);
+[[nodiscard]] Result<Report> run_stat(const Options& options);
+[[nodiscard]] Result<Report> run_put(const Options& options);
+[[nodiscard]] Result<Report> run_get(const Options& options);
+[[nodiscard]] Result<Report> run_evict(const Options& options);
+[[nodiscard]] Result<Report> run_pin(const Options& options);
+[[nodiscard]] Result<Report> run_unpin(const Options& options);
+[[nodiscard]] Result<Report> run_clients(const Options& options);
+[[nodiscard]] Result<Report> run_results(const Options& options);
+[[nodiscard]] Result<Report> run_ping(const Options& options);
+[[nodiscard]] Result<Report> run_shutdown(const Options& options);
+
+// The daemon, by the global options.
+[[nodiscard]] Result<Client> connect(const Options& options);
+
+// A pattern that matches the name `name` alone, whatever characters it has.
+[[nodiscard]] std::string literal_pattern(std::string_view name);
+
+}  // namespace cowmgr::cli

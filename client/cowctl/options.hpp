@@ -1,0 +1,53 @@
+// What a command line asks for.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "client/cowctl/json.hpp"
+#include "client/cowctl/terminal.hpp"
+#include "cowmgr/client.hpp"
+
+namespace cowmgr::cli {
+
+// What a command answers; one of the two is printed.
+struct Report {
+  std::string text;  // for people: whole lines
+  Json json;
+};
+
+struct Options;
+using Command = Result<Report> (*)(const Options& options);
+
+// Every field that the chosen command does not take keeps its default.
+struct Options {
+  Command command = nullptr;     // what was chosen
+  std::string command_name;      // what the daemon shows of us: "cowctl put"
+  std::string socket;            // empty: where the library looks for the daemon
+  bool json = false;             // print JSON instead of tables
+  Style style = Style::plain();  // of standard output
+
+  std::string name;                   // an array's. put: empty unless --name is given
+  bool has_name = false;              // stat, put: `name` is given, an empty one too
+  std::string file;                   // put: to read; get: to write
+  std::vector<std::string> patterns;  // names or globs
+  std::uint64_t lru_bytes = 0;        // evict: how much to free; 0 when names are given
+  CreateOptions create;               // put
+  bool pin = false;                   // put: pin it too
+  bool force = false;                 // get: overwrite
+};
+
+// The command line is answered without a command: help, version, or what is wrong with it.
+struct Answer {
+  int exit_code = 0;
+  std::string text;  // exit_code 0: for standard output. Else one sentence or two, for standard error
+};
+
+[[nodiscard]] std::variant<Options, Answer> parse_command_line(int argc, const char* const* argv);
+
+// Whether the command line asks for JSON, as far as one can tell when it is wrong.
+[[nodiscard]] bool asks_for_json(int argc, const char* const* argv) noexcept;
+
+}  // namespace cowmgr::cli

@@ -1,0 +1,175 @@
+#include "client/cowctl/tables.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "client/cowctl/json.hpp"
+#include "proto/text.hpp"
+
+namespace cowmgr::cli {
+namespace {
+
+using Properties = std::vector<std::pair<std::string, std::string>>;
+
+std::string yes_no(bool is_yes) {
+  return is_yes ? "yes" : "no";
+}
+
+Table::Emphasis emphasis_of(ArrayState state) {
+  if (state == ArrayState::tampered) return Table::Emphasis::bold;
+  return state == ArrayState::sealed ? Table::Emphasis::none : Table::Emphasis::dim;
+}
+
+std::string properties_text(const Properties& properties, Style style) {
+  Table table({{.header = ""}, {.header = ""}});
+  for (const auto& [key, value] : properties) table.add_row({key, value});
+  return table.to_string(style);
+}
+
+// "1.2 GiB (15 %)".
+std::string share_text(std::uint64_t part, std::uint64_t whole) {
+  if (whole == 0) return format_size(part);
+  const double percent = 100 * static_cast<double>(part) / static_cast<double>(whole);
+  return fmt::format("{} ({:.0f} %)", format_size(part), percent);
+}
+
+std::string time_text(SystemTime time, SystemTime now) {
+  return fmt::format("{} ({})", iso_time(time), age_text(time, now));
+}
+
+Properties properties_of(const ArrayInfo& array, SystemTime now) {
+  Properties out = {{"name", array.name},
+                    {"version", std::to_string(array.version)},
+                    {"dtype", array.spec.dtype.str()},
+                    {"shape", to_string(array.spec.shape)},
+                    {"order", array.spec.order == Order::fortran ? "F" : "C"},
+                    {"size", format_size(array.data_bytes)},
+                    {"segment", fmt::format("{}, {}", array.segment, format_size(array.segment_bytes))},
+                    {"state", std::string(name_of(array.state))},
+                    {"protection", std::string(name_of(array.protection))},
+                    {"views", std::to_string(array.views)},
+                    {"pinned", yes_no(array.pinned)},
+                    {"evictable", yes_no(array.evictable)},
+                    {"owner", user_name(array.owner_uid)},
+                    {"mode", mode_text(array.mode)},
+                    {"created", time_text(array.created, now)}};
+  if (array.sealed != SystemTime{}) out.emplace_back("sealed", time_text(array.sealed, now));
+  out.emplace_back("last used", time_text(array.last_used, now));
+  if (array.state == ArrayState::writing) out.emplace_back("writer", fmt::format("pid {}", array.writer_pid));
+  return out;
+}
+
+}  // namespace
+
+std::string age_text(SystemTime time, SystemTime now) {
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(now - time).count();
+  constexpr std::int64_t kMinute = 60;
+  constexpr std::int64_t kHour = 60 * kMinute;
+  constexpr std::int64_t kDay = 24 * kHour;
+  if (seconds < 1) return "now";
+  if (seconds < kMinute) return fmt::format("{} s ago", seconds);
+  if (seconds < kHour) return fmt::format("{} min ago", seconds / kMinute);
+  if (seconds < kDay) return fmt::format("{} h ago", seconds / kHour);
+  return fmt::format("{} day{} ago", seconds / kDay, seconds < 2 * kDay ? "" : "s");
+}
+
+std::string arrays_table(const std::vector<ArrayInfo>& arrays, SystemTime now, Style style) {
+  Table table({{.header = "NAME"},
+               {.header = "VERSION", .align = Align::right},
+               {.header = "DTYPE"},
+               {.header = "SHAPE"},
+               {.header = "SIZE", .align = Align::right},
+               {.header = "STATE"},
+               {.header = "PROTECTION"},
+               {.header = "VIEWS", .align = Align::right},
+               {.header = "PINNED"},
+               {.header = "OWNER"},
+               {.header = "CREATED"}});
+  for (const auto& array : arrays) {
+    table.add_row(
+        {array.name, std::to_string(array.version), array.spec.dtype.str(), to_string(array.spec.shape),
+         format_size(array.data_bytes), std::string(name_of(array.state)),
+         std::string(name_of(array.protection)), std::to_string(array.views), yes_no(array.pinned),
+         user_name(array.owner_uid), age_text(array.created, now)},
+        emphasis_of(array.state));
+  }
+  return table.to_string(style);
+}
+
+std::string clients_table(const std::vector<ClientInfo>& clients, SystemTime now, Style style) {
+  Table table({{.header = "SESSION", .align = Align::right},
+               {.header = "PID", .align = Align::right},
+               {.header = "USER"},
+               {.header = "COMMAND"},
+               {.header = "CHANNELS", .align = Align::right},
+               {.header = "VIEWS", .align = Align::right},
+               {.header = "SIZE", .align = Align::right},
+               {.header = "WRITING", .align = Align::right},
+               {.header = "LEASES", .align = Align::right},
+               {.header = "CONNECTED"}});
+  for (const auto& client : clients) {
+    table.add_row({std::to_string(client.session), std::to_string(client.pid), user_name(client.uid),
+                   client.command, std::to_string(client.channels), std::to_string(client.views),
+                   format_size(client.view_bytes), std::to_string(client.writing),
+                   std::to_string(client.leases), age_text(client.connected, now)});
+  }
+  return table.to_string(style);
+}
+
+std::string results_table(const std::vector<ResultsInfo>& sets, SystemTime now, Style style) {
+  Table table({{.header = "NAME"},
+               {.header = "STATE"},
+               {.header = "SLOTS", .align = Align::right},
+               {.header = "COMMITTED", .align = Align::right},
+               {.header = "LEASED", .align = Align::right},
+               {.header = "FREE", .align = Align::right},
+               {.header = "FAILED", .align = Align::right},
+               {.header = "DTYPE"},
+               {.header = "SHAPE"},
+               {.header = "SIZE", .align = Align::right},
+               {.header = "OWNER"},
+               {.header = "CREATED"},
+               {.header = "MESSAGE"}});
+  for (const auto& set : sets) {
+    const bool has_failed = set.state == ResultsState::failed;
+    table.add_row(
+        {set.name, std::string(name_of(set.state)), std::to_string(set.slots), std::to_string(set.committed),
+         std::to_string(set.leased), std::to_string(set.free), std::to_string(set.failed),
+         set.spec.dtype.str(), to_string(set.spec.shape), format_size(set.data_bytes),
+         user_name(set.owner_uid), age_text(set.created, now), set.message},
+        has_failed ? Table::Emphasis::bold : Table::Emphasis::none);
+  }
+  return table.to_string(style);
+}
+
+std::string array_page(const ArrayDetails& details, SystemTime now, Style style) {
+  Properties properties = properties_of(details.array, now);
+  properties.emplace_back("memory", format_size(details.resident_bytes));
+  properties.emplace_back("huge pages", share_text(details.huge_bytes, details.resident_bytes));
+  std::string out = properties_text(properties, style);
+  if (!details.holders.empty()) out += "\n" + clients_table(details.holders, now, style);
+  return out;
+}
+
+std::string daemon_page(const DaemonInfo& daemon, SystemTime now, Style style) {
+  return properties_text({{"version", daemon.version},
+                          {"instance", daemon.instance},
+                          {"socket", daemon.socket},
+                          {"pid", std::to_string(daemon.pid)},
+                          {"user", user_name(daemon.uid)},
+                          {"started", time_text(daemon.started, now)},
+                          {"protection", std::string(name_of(daemon.protection))},
+                          {"capacity", format_size(daemon.capacity_bytes)},
+                          {"used", share_text(daemon.used_bytes, daemon.capacity_bytes)},
+                          {"pinned", format_size(daemon.pinned_bytes)},
+                          {"evictable", format_size(daemon.evictable_bytes)},
+                          {"viewed", format_size(daemon.viewed_bytes)},
+                          {"arrays", std::to_string(daemon.arrays)},
+                          {"sessions", std::to_string(daemon.sessions)},
+                          {"result sets", std::to_string(daemon.result_sets)}},
+                         style);
+}
+
+}  // namespace cowmgr::cli

@@ -1,0 +1,129 @@
+// The client: a connection to a cowmgr daemon.
+//
+//   auto client = cowmgr::Client::connect();                          // where is the daemon? see
+//   ConnectOptions auto array = client->attach("train");                             // maps, never copies
+//   std::span<const float> pixels = *array->as<float>();
+//
+// Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cowmgr/array.hpp"
+#include "cowmgr/info.hpp"
+#include "cowmgr/results.hpp"
+
+namespace cowmgr {
+
+namespace detail {
+class Connection;
+}
+
+struct ConnectOptions {
+  // Path of the daemon's socket. Empty: $COWMGR_SOCKET, else $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock if it
+  // exists, else /run/cowmgr/cowmgr.sock.
+  std::string socket;
+  // What `cowctl clients` shows. Empty: the name of this program.
+  std::string command;
+};
+
+struct CreateOptions {
+  bool replace = false;    // a new version when the name exists; the old one drains. Default: already_exists
+  bool evictable = false;  // may go, least recently used first, when room is needed. Default: stays
+  std::uint32_t mode =
+      0600;  // permission bits; read: may attach, write: may replace, evict, pin, lease slots
+};
+
+struct AttachOptions {
+  View view = View::shared;
+  Milliseconds wait{0};  // how long to wait until every name is there. Default: not at all
+};
+
+// A thread-safe handle; copies share one connection, which ends with the last copy and the last Array,
+// ArrayWriter, Slot and ResultSet made through it. Calls of several threads run side by side: each takes a
+// channel of its own. In a forked child the handle opens a session of its own at its first use; writers and
+// slots of the parent answer wrong_process there.
+//
+// Every call may fail with no_daemon, disconnected, protocol_error or out_of_memory; only what is special
+// stands beside a call.
+class Client {
+ public:
+  // Connects, and introduces this process. Blocks for one round trip. Errors: no_daemon, with how to start
+  // one; protocol_mismatch.
+  [[nodiscard]] static Result<Client> connect(const ConnectOptions& options = {});
+
+  // Makes room for an array that the caller then fills and seals. Blocks while the memory is being backed,
+  // which takes time for gigabytes; other threads are not held up. Errors: invalid_name, invalid_shape,
+  // already_exists, out_of_memory (says what is needed, free, evictable, pinned, and who holds it),
+  // quota_exceeded.
+  [[nodiscard]] Result<ArrayWriter> create(std::string_view name, const ArraySpec& spec,
+                                           const CreateOptions& options = {}) const;
+
+  // create(), copy `data` in, seal(). `data` must have as many bytes as `spec` says (else invalid_shape).
+  [[nodiscard]] Result<Array> put(std::string_view name, const ArraySpec& spec,
+                                  std::span<const std::byte> data, const CreateOptions& options = {}) const;
+  template <Scalar T>
+  [[nodiscard]] Result<Array> put(std::string_view name, std::span<const T> data, Shape shape,
+                                  const CreateOptions& options = {}) const {
+    return put(name, ArraySpec{Dtype::of<T>(), std::move(shape)}, std::as_bytes(data), options);
+  }
+
+  // A view of the newest sealed version of `name`. Takes the same time whatever the array's size. Errors:
+  // not_found, timed_out when it did not come within the wait, permission_denied, tampered.
+  [[nodiscard]] Result<Array> attach(std::string_view name, const AttachOptions& options = {}) const;
+  // Views of all `names` (at most 64), or none, in one round trip.
+  [[nodiscard]] Result<std::vector<Array>> attach(std::span<const std::string> names,
+                                                  const AttachOptions& options = {}) const;
+
+  // Takes the names that match any pattern (fnmatch(3) globs; at most 64) away now, their memory with the
+  // last view. All or none; a glob passes over what is pinned. Errors: not_found when a pattern matches
+  // nothing, pinned for a name that was spelled out, or when a glob matches nothing else, busy while one is
+  // being written, permission_denied.
+  [[nodiscard]] Result<EvictReport> evict(std::span<const std::string> patterns) const;
+  // Evicts unpinned, unviewed arrays that the caller may write, evictable or not, least recently used first,
+  // until `size_bytes` are freed or none is left.
+  [[nodiscard]] Result<EvictReport> evict_lru(std::uint64_t size_bytes) const;
+
+  // Pinned arrays are never evicted. Returns the names that matched. Errors: not_found, permission_denied.
+  [[nodiscard]] Result<std::vector<std::string>> pin(std::span<const std::string> patterns,
+                                                     bool pinned = true) const;
+
+  // The sealed version of `name`; if there is none, one that is being written or drained. Errors: not_found,
+  // permission_denied.
+  [[nodiscard]] Result<ArrayDetails> stat(std::string_view name) const;
+  // Arrays whose name matches the glob, those being written or drained too, in order of creation.
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view pattern = "*") const;
+  [[nodiscard]] Result<std::vector<ClientInfo>> clients() const;
+
+  // A dense result set: one C-order output array of `spec`, its rows split into `slots` slots (at least 1;
+  // more slots than rows leave the last ones empty). The set goes with the client that made it, unless it is
+  // done by then. Errors: as create(), and invalid_shape without a first axis.
+  [[nodiscard]] Result<ResultSet> create_results(std::string_view name, const ArraySpec& spec,
+                                                 std::uint64_t slots,
+                                                 const CreateOptions& options = {}) const;
+  // The result set `name`; waits up to `wait` until it is there. Errors: not_found, permission_denied.
+  [[nodiscard]] Result<ResultSet> open_results(std::string_view name,
+                                               Milliseconds wait = Milliseconds{0}) const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view pattern = "*") const;
+
+  [[nodiscard]] Result<DaemonInfo> ping() const;
+  // Asks the daemon to stop. Errors: permission_denied unless the caller is its user, or root.
+  [[nodiscard]] Result<void> shutdown() const;
+
+  // Where the daemon listens: hand it to workers, as COWMGR_SOCKET.
+  [[nodiscard]] const std::string& socket() const noexcept;
+
+ private:
+  explicit Client(std::shared_ptr<detail::Connection> connection) noexcept
+      : connection_(std::move(connection)) {}
+
+  std::shared_ptr<detail::Connection> connection_;
+};
+
+}  // namespace cowmgr

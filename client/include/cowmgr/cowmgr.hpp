@@ -1,0 +1,8 @@
+// Everything of the client library.
+#pragma once
+
+#include "cowmgr/array.hpp"     // IWYU pragma: export
+#include "cowmgr/client.hpp"    // IWYU pragma: export
+#include "cowmgr/embedded.hpp"  // IWYU pragma: export
+#include "cowmgr/info.hpp"      // IWYU pragma: export
+#include "cowmgr/results.hpp"   // IWYU pragma: export

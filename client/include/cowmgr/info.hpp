@@ -1,0 +1,126 @@
+// What the daemon tells about arrays, result sets, clients and itself: plain values, a snapshot each.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <sys/types.h>
+#include <vector>
+
+#include "proto/errors.hpp"
+#include "proto/npy.hpp"
+
+namespace cowmgr {
+
+using SystemTime = std::chrono::sys_time<std::chrono::microseconds>;  // UTC
+using Milliseconds = std::chrono::milliseconds;
+
+// For waits without an end.
+inline constexpr Milliseconds kForever = Milliseconds::max();
+
+enum class ArrayState : std::uint8_t {
+  writing,   // its writer fills it; nobody else sees it
+  sealed,    // immutable, served under its name
+  draining,  // evicted or replaced; the memory goes with its last view
+  tampered,  // somebody opened the sealed segment for writing; no longer served
+};
+
+// What stands behind "immutable".
+enum class Protection : std::uint8_t {
+  advisory,  // the kernel gives no leases here: nothing is proven
+  verified,  // proven at the seal; a later open for writing, by the daemon's user or root, is detected
+  enforced,  // verified, and other users than the daemon's cannot open the segment at all
+};
+
+struct ArrayInfo {
+  std::uint64_t id = 0;       // unique within the instance, never used again
+  std::string name;           // UTF-8, 1 to 255 bytes
+  std::uint64_t version = 0;  // 1, 2, 3, ... for one name
+  ArraySpec spec;
+  std::uint64_t data_bytes = 0;
+  std::uint64_t segment_bytes = 0;  // with header and trailer
+  std::string segment;              // as shm_open(3) takes it: "/cowmgr.<instance>.<id>"
+  ArrayState state{};
+  Protection protection{};
+  std::uint32_t views = 0;  // mappings that sessions hold
+  bool pinned = false;
+  bool evictable = false;  // may be evicted, least recently used first, when room is needed
+  uid_t owner_uid = 0;
+  gid_t owner_gid = 0;
+  std::uint32_t mode = 0;  // permission bits; read: may attach, write: may replace, evict, pin
+  SystemTime created;
+  SystemTime sealed;  // the epoch while writing
+  SystemTime last_used;
+  pid_t writer_pid = 0;  // while writing
+};
+
+enum class ResultsState : std::uint8_t {
+  running,  // slots are free or leased
+  sealing,  // every slot is committed; somebody can still write
+  done,     // sealed: the set is an array now
+  failed,   // every slot is settled, at least one failed
+};
+
+struct ResultsInfo {
+  std::uint64_t id = 0;  // of the set, and of the array that it becomes
+  std::string name;
+  ArraySpec spec;
+  std::uint64_t slots = 0;
+  std::uint64_t data_bytes = 0;
+  ResultsState state{};
+  std::uint64_t revision = 0;  // grows with every change
+  std::uint64_t free = 0;
+  std::uint64_t leased = 0;
+  std::uint64_t committed = 0;
+  std::uint64_t failed = 0;
+  std::string message;  // of the first slot that failed, or why the set cannot be sealed
+  uid_t owner_uid = 0;
+  pid_t owner_pid = 0;
+  SystemTime created;
+  std::vector<pid_t> holders{};  // processes that have the set mapped for writing
+};
+
+struct ClientInfo {
+  std::uint64_t session = 0;
+  pid_t pid = 0;
+  uid_t uid = 0;
+  std::string command;         // what the client calls itself
+  std::uint32_t channels = 0;  // connections
+  std::uint32_t views = 0;
+  std::uint64_t view_bytes = 0;
+  std::uint32_t writing = 0;  // arrays that it fills
+  std::uint32_t leases = 0;   // slots that it holds
+  SystemTime connected;
+};
+
+struct ArrayDetails {
+  ArrayInfo array;
+  std::uint64_t resident_bytes = 0;   // memory behind the segment
+  std::uint64_t huge_bytes = 0;       // of it, in huge pages
+  std::vector<ClientInfo> holders{};  // sessions with a view
+};
+
+struct DaemonInfo {
+  std::string version;
+  std::string instance;
+  std::string socket;
+  pid_t pid = 0;
+  uid_t uid = 0;
+  SystemTime started;
+  Protection protection{};
+  std::uint64_t capacity_bytes = 0;
+  std::uint64_t used_bytes = 0;  // of the capacity; the next three are parts of it
+  std::uint64_t pinned_bytes = 0;
+  std::uint64_t evictable_bytes = 0;  // could be evicted now
+  std::uint64_t viewed_bytes = 0;     // someone holds a view
+  std::uint32_t arrays = 0;
+  std::uint32_t sessions = 0;
+  std::uint32_t result_sets = 0;
+};
+
+struct EvictReport {
+  std::vector<std::string> names;  // evicted
+  std::uint64_t freed_bytes = 0;   // freed at once; the rest drains
+};
+
+}  // namespace cowmgr

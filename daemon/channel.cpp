@@ -1,0 +1,90 @@
+#include "daemon/channel.hpp"
+
+#include <array>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/experimental/awaitable_operators.hpp>
+#include <spdlog/spdlog.h>
+
+#include "proto/fd_socket.hpp"
+
+namespace cowmgr {
+namespace {
+
+constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
+
+// Every frame is received here and copied out: one buffer for all connections of the one loop, since nothing
+// else runs between recvmsg(2) and the copy.
+alignas(16) thread_local std::array<std::byte, kMaxFrameBytes> scratch;
+
+}  // namespace
+
+Channel::Channel(Core& core, UniqueFd socket) : core_(core), socket_(core.io, socket.release()) {}
+
+asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
+  for (;;) {
+    // Waiting first is one system call less than trying first: a peer asks, and then waits for the answer. It
+    // also gives the others their turn, however fast this one sends.
+    const auto [error] = co_await socket_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+    if (error) co_return false;
+    const auto received = receive_frame(socket_.native_handle(), scratch);
+    if (!received) {
+      if (received.error().code != Errc::disconnected)
+        spdlog::debug("a connection is closed: {}", received.error().message);
+      co_return false;
+    }
+    if (*received) {
+      frame.assign((*received)->bytes.begin(), (*received)->bytes.end());
+      co_return true;
+    }
+  }
+}
+
+asio::awaitable<bool> Channel::send(std::span<const std::byte> bytes, std::span<const int> fds) {
+  const auto sent = send_frame(socket_.native_handle(), bytes, fds);
+  if (!sent) {
+    if (sent.error().code != Errc::disconnected)
+      spdlog::warn("a reply could not be sent: {}", sent.error().message);
+    co_return false;
+  }
+  if (*sent) co_return true;  // not `||`: gcc 12 awaits the right side of it all the same
+  co_return co_await send_late(bytes, fds);
+}
+
+// The socket is full: the peer does not read. What `fds` name may be closed while we wait, and the numbers be
+// given to other files, so the wait needs descriptors of its own.
+asio::awaitable<bool> Channel::send_late(std::span<const std::byte> bytes, std::span<const int> fds) {
+  std::vector<UniqueFd> owned;
+  std::vector<int> numbers;
+  for (const int fd : fds) {
+    owned.emplace_back(::dup(fd));
+    numbers.push_back(owned.back().get());
+    if (!owned.back()) co_return false;
+  }
+  for (;;) {
+    const auto [error] = co_await socket_.async_wait(asio::posix::stream_descriptor::wait_write, kAwait);
+    if (error) co_return false;
+    const auto sent = send_frame(socket_.native_handle(), bytes, numbers);
+    if (!sent || *sent) co_return sent.has_value();
+  }
+}
+
+asio::awaitable<Channel::Woken> Channel::wait_change(const std::string& key, Deadline deadline) {
+  using asio::experimental::awaitable_operators::operator||;
+  asio::steady_timer timer(core_.io, deadline);
+  const WaitList::Entry entry(core_.waits, key, timer);
+  // A peer sends nothing while its request is under way: a socket that can be read has ended, or is misused.
+  auto ended = co_await (timer.async_wait(kAwait) ||
+                         socket_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait));
+  if (ended.index() == 1) co_return Woken::peer_gone;
+  const bool was_woken = std::get<0>(std::get<0>(ended)) == asio::error::operation_aborted;
+  co_return was_woken ? Woken::changed : Woken::deadline;
+}
+
+void Channel::shutdown() noexcept {
+  ::shutdown(socket_.native_handle(), SHUT_RDWR);
+}
+
+}  // namespace cowmgr

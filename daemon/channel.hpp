@@ -1,0 +1,46 @@
+// One connection in the loop: whole frames in and out, and waiting without losing sight of the peer.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
+
+#include "daemon/core.hpp"
+#include "proto/unique_fd.hpp"
+
+namespace cowmgr {
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+class Channel {
+ public:
+  // `socket`: connected, non-blocking.
+  Channel(Core& core, UniqueFd socket);
+
+  // The next frame, copied to `frame`; descriptors that came with it are closed, since no request has any.
+  // False when the connection ended or broke the protocol.
+  [[nodiscard]] asio::awaitable<bool> receive(std::vector<std::byte>& frame);
+
+  // Sends one frame with its descriptors, waiting for room if need be. False when the connection ended.
+  [[nodiscard]] asio::awaitable<bool> send(std::span<const std::byte> bytes, std::span<const int> fds);
+
+  enum class Woken { changed, deadline, peer_gone };
+  // Waits for WaitList::wake(key), or the deadline. A peer that goes, or speaks out of turn, ends the wait.
+  [[nodiscard]] asio::awaitable<Woken> wait_change(const std::string& key, Deadline deadline);
+
+  // Makes every operation under way, and every later one, report the end of the connection.
+  void shutdown() noexcept;
+
+ private:
+  [[nodiscard]] asio::awaitable<bool> send_late(std::span<const std::byte> bytes, std::span<const int> fds);
+
+  Core& core_;
+  asio::posix::stream_descriptor socket_;
+};
+
+}  // namespace cowmgr

@@ -1,0 +1,134 @@
+#include "daemon/config.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include "proto/text.hpp"
+#include "proto/version.hpp"
+
+namespace cowmgr {
+namespace {
+
+constexpr const char* kDescription =
+    "Holds large arrays in shared memory and hands them to any number of processes, without copies.\n"
+    "Runs in the foreground until SIGTERM or SIGINT; its arrays go with it.";
+
+constexpr const char* kFooter =
+    "Precedence: flag, environment, configuration file, default. The file holds lines such as\n"
+    "  capacity=\"4GiB\"\n"
+    "Clients find the daemon by COWMGR_SOCKET, else at $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock, else at\n"
+    "/run/cowmgr/cowmgr.sock. `cowctl ls` lists what the daemon holds.";
+
+// Where clients look first: the user's own runtime directory, or the system's.
+std::string default_socket() {
+  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
+  const bool is_user = ::geteuid() != 0 && runtime != nullptr && *runtime != '\0';
+  return std::string(is_user ? runtime : "/run") + "/cowmgr/cowmgr.sock";
+}
+
+// A CLI11 check that also translates "1.5GiB" into bytes.
+CLI::Validator size_text() {
+  return {[](std::string& text) -> std::string {
+            const auto size = parse_size(text);
+            if (!size) return size.error().message;
+            text = std::to_string(*size);
+            return {};
+          },
+          "SIZE"};
+}
+
+CLI::Validator instance_text() {
+  return {[](std::string& text) -> std::string {
+            const auto ok = check_instance(text);
+            return ok ? std::string() : ok.error().message;
+          },
+          "NAME"};
+}
+
+CLI::Validator mode_text() {
+  return {[](std::string& text) -> std::string {
+            if (text.empty() || text.size() > 4 || text.find_first_not_of("01234567") != std::string::npos) {
+              return "use an octal mode such as 0660";
+            }
+            text = std::to_string(std::stoi(text, nullptr, 8));
+            return {};
+          },
+          "MODE"};
+}
+
+void add_options(CLI::App& app, Config& config, std::string& protection) {
+  app.add_option("--socket", config.socket, "Path of the socket to serve at")
+      ->envname("COWMGR_SOCKET")
+      ->type_name("PATH")
+      ->capture_default_str();
+  app.add_option("--instance", config.instance, "Name of this daemon's segments in /dev/shm; one daemon each")
+      ->envname("COWMGR_INSTANCE")
+      ->transform(instance_text())
+      ->capture_default_str();
+  app.add_option("--capacity", config.capacity_bytes,
+                 "Memory for all arrays together, as 4GiB [80 % of /dev/shm]")
+      ->envname("COWMGR_CAPACITY")
+      ->transform(size_text());
+  app.add_option("--log-level", config.log_level, "What is logged to standard error")
+      ->envname("COWMGR_LOG_LEVEL")
+      ->check(CLI::IsMember({"trace", "debug", "info", "warning", "error", "off"}))
+      ->capture_default_str();
+  app.add_option("--protection", protection,
+                 "`verified` refuses to start where the kernel cannot prove that a seal holds")
+      ->check(CLI::IsMember({"auto", "verified"}))
+      ->capture_default_str();
+  app.add_option("--socket-mode", config.socket_mode,
+                 "Who may connect; arrays have modes of their own [0666]")
+      ->transform(mode_text());
+  app.add_option("--owner-bytes", config.quota.owner_bytes, "Memory that one user may hold [no limit]")
+      ->transform(size_text());
+  app.add_option("--owner-arrays", config.quota.owner_arrays, "Arrays that one user may hold")
+      ->capture_default_str();
+  app.add_option("--owner-sessions", config.quota.owner_sessions, "Connections that one user may have")
+      ->capture_default_str();
+  app.add_option("--parent-fd", config.parent_fd)
+      ->group("");  // for whoever starts a daemon of its own: it ends with its parent
+}
+
+// What the environment says, as flags before the command line's own, of which the last counts. CLI11 itself
+// would let the configuration file go before the environment.
+std::vector<std::string> with_environment(CLI::App& app, int argc, char** argv) {
+  std::vector<std::string> arguments;
+  for (auto* option : app.get_options()) {
+    option->take_last();
+    const char* value = option->get_envname().empty() ? nullptr : std::getenv(option->get_envname().c_str());
+    if (value != nullptr && *value != '\0')
+      arguments.push_back(fmt::format("{}={}", option->get_name(), value));
+  }
+  arguments.insert(arguments.end(), argv + 1, argv + argc);
+  std::reverse(arguments.begin(), arguments.end());  // as App::parse() takes them
+  return arguments;
+}
+
+}  // namespace
+
+std::optional<int> parse_config(int argc, char** argv, Config& config) {
+  CLI::App app(kDescription, "cowmgr");
+  std::string protection = "auto";
+  config.socket = default_socket();
+  app.set_version_flag("--version", fmt::format("cowmgr {}", kVersion));
+  app.set_config("--config", "", "Read options from FILE")->type_name("FILE");
+  app.footer(kFooter);
+  add_options(app, config, protection);
+  try {
+    app.parse(with_environment(app, argc, argv));
+  } catch (const CLI::ParseError& error) {
+    const int rc = app.exit(error);
+    return rc == 0 ? 0 : 2;
+  }
+  config.needs_verified = protection == "verified";
+  return std::nullopt;
+}
+
+}  // namespace cowmgr

@@ -1,0 +1,117 @@
+// What all sessions share: the state, the threads for long work, and those who wait for a change.
+//
+// One thread runs the io_context and owns everything here. Work that takes long runs in the pool and is
+// awaited; it touches no state.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <fmt/format.h>
+
+#include "daemon/config.hpp"
+#include "daemon/results.hpp"
+#include "daemon/shm_env.hpp"
+#include "daemon/store.hpp"
+
+namespace cowmgr {
+
+namespace asio = boost::asio;
+
+class Channel;
+class Session;
+
+// The coroutines that wait until something under a key changes. The key says what: see Core's key functions.
+class WaitList {
+ public:
+  // Registers `timer` under `key` for as long as this object lives; wake() makes it expire.
+  class Entry {
+   public:
+    Entry(WaitList& list, const std::string& key, asio::steady_timer& timer)
+        : list_(list), at_(list.timers_.emplace(key, &timer)) {}
+    Entry(const Entry&) = delete;
+    Entry& operator=(const Entry&) = delete;
+    ~Entry() { list_.timers_.erase(at_); }
+
+   private:
+    WaitList& list_;
+    std::multimap<std::string, asio::steady_timer*>::iterator at_;
+  };
+
+  void wake(const std::string& key);
+
+ private:
+  std::multimap<std::string, asio::steady_timer*> timers_;
+};
+
+class Core {
+ public:
+  Core(asio::io_context& io, const Config& config, const ShmEnv& env);
+  ~Core();
+  Core(const Core&) = delete;
+  Core& operator=(const Core&) = delete;
+
+  [[nodiscard]] static Time now();
+  [[nodiscard]] static std::string array_key(std::string_view name) { return fmt::format("array {}", name); }
+  [[nodiscard]] static std::string set_key(ArrayId set) { return fmt::format("set {}", set); }
+  [[nodiscard]] static std::string reclaim_key() { return "reclaimed"; }
+
+  // Runs `work` in the pool; resumes in the loop with what it returned.
+  template <class Work>
+  [[nodiscard]] asio::awaitable<std::invoke_result_t<Work>> offload(Work work) {
+    return asio::co_spawn(pool_, run_in_background(std::move(work)), asio::use_awaitable);
+  }
+
+  // To be called after every change of store or results, before its answer: finishes result sets, wakes
+  // waiters, and gives memory back in the background.
+  void settle();
+  // The same, and waits until the memory that was garbage by now is given back.
+  [[nodiscard]] asio::awaitable<void> settle_and_reclaim();
+
+  // The processes that can still write to a segment, in words: "process 12 (worker), process 13 (worker)".
+  [[nodiscard]] asio::awaitable<std::string> writers_in_words(ArrayId id);
+
+  // Somebody opened a sealed segment for writing.
+  [[nodiscard]] asio::awaitable<void> report_tampering(int lease_fd);
+
+  asio::io_context& io;
+  const Config& config;
+  const ShmEnv& env;
+  Store store;
+  ResultSets results;
+  WaitList waits;
+  std::map<SessionId, std::shared_ptr<Session>> sessions;
+  SessionId last_session = 0;
+  std::set<Channel*> connections;  // all, those without a session too
+  Time started;
+  std::function<void()> stop;  // ends the daemon; set by the server
+
+ private:
+  template <class Work>
+  static asio::awaitable<std::invoke_result_t<Work>> run_in_background(Work work) {
+    yield_to_the_loop();
+    co_return work();
+  }
+  static void yield_to_the_loop();
+  void wake_waiters();
+  [[nodiscard]] asio::awaitable<void> reclaim(std::vector<Segment> garbage);
+  [[nodiscard]] asio::awaitable<void> retry_seals();
+
+  asio::thread_pool pool_;
+  bool is_retrying_ = false;
+};
+
+}  // namespace cowmgr

@@ -1,0 +1,53 @@
+#include "daemon/lock_file.hpp"
+
+#include <array>
+#include <cerrno>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+namespace cowmgr {
+namespace {
+
+// Whether `path` still names the file behind `fd`: its last holder removes it before it lets the lock go.
+bool is_current(const std::string& path, int fd) {
+  struct stat by_path {};
+  struct stat by_fd {};
+  return ::stat(path.c_str(), &by_path) == 0 && ::fstat(fd, &by_fd) == 0 && by_path.st_ino == by_fd.st_ino &&
+         by_path.st_dev == by_fd.st_dev;
+}
+
+std::string read_text(int fd) {
+  std::array<char, 32> text{};
+  const auto count = ::pread(fd, text.data(), text.size(), 0);
+  return {text.data(), count > 0 ? static_cast<std::size_t>(count) : 0};
+}
+
+}  // namespace
+
+Result<LockFile> LockFile::acquire(std::string path) {
+  for (;;) {
+    UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600));
+    if (!fd) return tl::unexpected(os_error("open", path, errno));
+    if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
+      if (errno == EINTR) continue;
+      if (errno != EWOULDBLOCK) return tl::unexpected(os_error("flock", path, errno));
+      return fail(Errc::busy, fmt::format("{} is held by process {}", path, read_text(fd.get())));
+    }
+    if (!is_current(path, fd.get())) continue;
+    const std::string pid = fmt::format("{}", ::getpid());
+    if (::ftruncate(fd.get(), 0) != 0 || ::pwrite(fd.get(), pid.data(), pid.size(), 0) < 0) {
+      return tl::unexpected(os_error("write", path, errno));
+    }
+    return LockFile(std::move(path), std::move(fd));
+  }
+}
+
+LockFile::~LockFile() {
+  if (fd_) ::unlink(path_.c_str());
+}
+
+}  // namespace cowmgr

@@ -1,0 +1,31 @@
+// One holder per path: how a daemon makes sure that it is the only one of its instance, and at its socket.
+#pragma once
+
+#include <string>
+
+#include "proto/errors.hpp"
+#include "proto/unique_fd.hpp"
+
+namespace cowmgr {
+
+// Holds an exclusive flock(2) on a file, which the kernel gives up when the process ends, however it ends.
+// Removes the file when it goes. Move-only.
+class LockFile {
+ public:
+  // Takes the lock, or refuses at once. Errors: busy with the holder's pid, permission_denied.
+  [[nodiscard]] static Result<LockFile> acquire(std::string path);
+
+  LockFile(LockFile&&) noexcept = default;
+  LockFile& operator=(LockFile&&) = delete;  // would have to give up a lock first
+  LockFile(const LockFile&) = delete;
+  LockFile& operator=(const LockFile&) = delete;
+  ~LockFile();
+
+ private:
+  LockFile(std::string path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
+
+  std::string path_;
+  UniqueFd fd_;
+};
+
+}  // namespace cowmgr

@@ -1,0 +1,35 @@
+// Who asks: the process behind a connection, as the kernel says, and what it may do.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <sys/types.h>
+#include <vector>
+
+namespace cowmgr {
+
+using SessionId = std::uint64_t;  // never used again; 0: no session
+using Time = std::chrono::sys_time<std::chrono::microseconds>;
+
+struct Peer {
+  pid_t pid = 0;
+  uid_t uid = 0;
+  gid_t gid = 0;
+  std::vector<gid_t> groups{};
+};
+
+// Owner and permission bits of an array, read as for a file (path_resolution(7)): the owner's bits if the
+// peer is the owner, else the group's if it is in the group, else the others'.
+struct Ownership {
+  uid_t uid = 0;
+  gid_t gid = 0;
+  std::uint32_t mode = 0;  // 0 to 0777; execute bits mean nothing
+};
+
+enum class Right : std::uint32_t { write = 02, read = 04 };
+
+// `admin` is the daemon's own user; it and root may do everything.
+[[nodiscard]] bool is_allowed(const Peer& peer, const Ownership& owned, Right right, uid_t admin) noexcept;
+
+}  // namespace cowmgr

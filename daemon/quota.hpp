@@ -1,0 +1,41 @@
+// What one owner may hold at most, so that nobody exhausts what others need.
+#pragma once
+
+#include <cstdint>
+#include <sys/types.h>
+#include <unordered_map>
+
+#include "proto/errors.hpp"
+
+namespace cowmgr {
+
+struct QuotaLimits {
+  std::uint64_t owner_bytes = UINT64_MAX;  // of segments; default: no limit but the capacity
+  std::uint32_t owner_arrays =
+      65536;  // each takes three descriptors of the daemon until it is sealed, then two
+  std::uint32_t owner_sessions = 4096;  // connections; each takes one descriptor, and one for each process
+};
+
+// Counts by uid. A charge that would pass a limit is refused with quota_exceeded and changes nothing.
+class Quota {
+ public:
+  explicit Quota(const QuotaLimits& limits) : limits_(limits) {}
+
+  [[nodiscard]] Result<void> charge_array(uid_t uid, std::uint64_t size_bytes);
+  void release_array(uid_t uid, std::uint64_t size_bytes) noexcept;
+  [[nodiscard]] Result<void> charge_session(uid_t uid);
+  void release_session(uid_t uid) noexcept;
+
+ private:
+  struct Use {
+    std::uint64_t size_bytes = 0;
+    std::uint32_t arrays = 0;
+    std::uint32_t sessions = 0;
+  };
+  void forget_if_unused(uid_t uid) noexcept;
+
+  QuotaLimits limits_;
+  std::unordered_map<uid_t, Use> uses_;
+};
+
+}  // namespace cowmgr

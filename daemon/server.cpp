@@ -1,0 +1,156 @@
+#include "daemon/server.hpp"
+
+#include <cerrno>
+#include <csignal>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <boost/asio/as_tuple.hpp>
+#include <boost/asio/detached.hpp>
+#include <spdlog/spdlog.h>
+
+#include "daemon/channel.hpp"
+#include "daemon/serve.hpp"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77  // Linux 6.5
+#endif
+
+namespace cowmgr {
+namespace {
+
+constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
+constexpr auto kAcceptPause = std::chrono::milliseconds(100);  // when there is no descriptor left
+
+std::vector<gid_t> groups_of(int socket) {
+  socklen_t bytes = 0;
+  // The first call fails with ERANGE and says how much room the groups take (socket(7), SO_PEERGROUPS).
+  ::getsockopt(socket, SOL_SOCKET, SO_PEERGROUPS, nullptr, &bytes);
+  std::vector<gid_t> groups(bytes / sizeof(gid_t));
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERGROUPS, groups.data(), &bytes) != 0) groups.clear();
+  return groups;
+}
+
+Peer peer_of(int socket) {
+  ucred credentials{};
+  socklen_t bytes = sizeof credentials;
+  const int rc = ::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &bytes);
+  COWMGR_ASSERT(rc == 0);
+  return {credentials.pid, credentials.uid, credentials.gid, groups_of(socket)};
+}
+
+// A descriptor that becomes readable when the peer's process ends; none when it cannot be had.
+UniqueFd pidfd_of(int socket, pid_t pid) {
+  int fd = -1;
+  socklen_t bytes = sizeof fd;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &bytes) == 0) return UniqueFd(fd);
+  return UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+}
+
+UniqueFd lease_signals() {
+  sigset_t set;
+  ::sigemptyset(&set);
+  ::sigaddset(&set, lease_signal());
+  return UniqueFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+}
+
+}  // namespace
+
+int lease_signal() noexcept {
+  return SIGRTMIN;
+}
+
+Server::Server(asio::io_context& io, Core& core, UniqueFd listener)
+    : io_(io),
+      core_(core),
+      listener_(io, listener.release()),
+      leases_(io, lease_signals().release()),
+      parent_(io),
+      signals_(io, SIGTERM),
+      pause_(io) {
+  if (core.config.parent_fd >= 0) {
+    // Ctrl-C goes to the whole process group: the parent may still need its daemon to end its own work.
+    parent_.assign(core.config.parent_fd);
+    std::signal(SIGINT, SIG_IGN);
+  } else {
+    signals_.add(SIGINT);
+  }
+  core_.stop = [this] { stop(); };
+}
+
+void Server::run() {
+  asio::co_spawn(io_, accept_peers(), asio::detached);
+  asio::co_spawn(io_, watch_signals(), asio::detached);
+  asio::co_spawn(io_, watch_leases(), asio::detached);
+  if (parent_.is_open()) asio::co_spawn(io_, watch_parent(), asio::detached);
+  io_.run();  // returns when the last coroutine has ended, which stop() brings about
+}
+
+asio::awaitable<void> Server::accept_peers() {
+  for (;;) {
+    const auto [error] = co_await listener_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+    if (error) co_return;
+    errno = 0;
+    accept_one();
+    if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM) continue;
+    spdlog::error("a connection cannot be accepted: {}; raise the limit of open files",
+                  std::generic_category().message(errno));
+    pause_.expires_after(kAcceptPause);
+    co_await pause_.async_wait(kAwait);
+  }
+}
+
+void Server::accept_one() {
+  UniqueFd socket(::accept4(listener_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  if (!socket) return;
+  Peer peer = peer_of(socket.get());
+  if (const auto ok = core_.store.quota().charge_session(peer.uid); !ok) {
+    spdlog::warn("process {} is refused: {}", peer.pid, ok.error().message);
+    return;
+  }
+  auto pidfd = pidfd_of(socket.get(), peer.pid);
+  asio::co_spawn(io_, serve(core_, std::move(socket), std::move(peer), std::move(pidfd)), asio::detached);
+  errno = 0;
+}
+
+asio::awaitable<void> Server::watch_signals() {
+  const auto [error, number] = co_await signals_.async_wait(kAwait);
+  if (error) co_return;
+  spdlog::info("stopping: {}", number == SIGINT ? "interrupted" : "asked to by a signal");
+  stop();
+}
+
+asio::awaitable<void> Server::watch_leases() {
+  for (;;) {
+    const auto [error] = co_await leases_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+    if (error) co_return;
+    signalfd_siginfo info{};
+    while (::read(leases_.native_handle(), &info, sizeof info) == sizeof info) {
+      asio::co_spawn(io_, core_.report_tampering(info.ssi_fd), asio::detached);
+    }
+  }
+}
+
+// The parent never writes: what can be read is the end of its side.
+asio::awaitable<void> Server::watch_parent() {
+  const auto [error] = co_await parent_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+  if (error) co_return;
+  spdlog::info("stopping: the parent process ended");
+  stop();
+}
+
+void Server::stop() {
+  if (std::exchange(is_stopping_, true)) return;
+  boost::system::error_code ignored;
+  listener_.close(ignored);
+  leases_.close(ignored);
+  parent_.close(ignored);
+  signals_.cancel(ignored);
+  pause_.cancel();
+  // Each connection sees its end, and gives back what it held; views in other processes stay valid.
+  for (Channel* channel : core_.connections) channel->shutdown();
+}
+
+}  // namespace cowmgr

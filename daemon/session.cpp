@@ -1,0 +1,43 @@
+#include "daemon/session.hpp"
+
+#include <boost/asio/as_tuple.hpp>
+#include <spdlog/spdlog.h>
+
+namespace cowmgr {
+
+Session::Session(Core& core, SessionId id, Peer peer, std::string command)
+    : core_(core),
+      id_(id),
+      peer_(std::move(peer)),
+      command_(std::move(command)),
+      connected_(Core::now()),
+      pidfd_(core.io) {
+  core_.store.open_session(id_, peer_);
+}
+
+void Session::close() {
+  if (gone_.exchange(true)) return;
+  spdlog::debug("session {} of process {} ({}) ended", id_, peer_.pid, command_);
+  for (Channel* channel : channels_) channel->shutdown();
+  boost::system::error_code ignored;
+  pidfd_.close(ignored);
+  core_.results.close_session(id_);
+  core_.store.close_session(id_);
+  core_.settle();
+  core_.sessions.erase(id_);  // may be the last reference to this object
+}
+
+void Session::remove(Channel& channel) {
+  channels_.erase(&channel);
+  if (channels_.empty()) close();
+}
+
+asio::awaitable<void> Session::watch_process(UniqueFd pidfd) {
+  const auto self = shared_from_this();
+  pidfd_.assign(pidfd.release());
+  const auto [error] = co_await pidfd_.async_wait(asio::posix::stream_descriptor::wait_read,
+                                                  asio::as_tuple(asio::use_awaitable));
+  if (!error) close();
+}
+
+}  // namespace cowmgr

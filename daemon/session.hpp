@@ -1,0 +1,48 @@
+// A session: one process's connections, and all that it holds.
+//
+// A process opens further connections (channels) when several of its threads ask at once; each channel is
+// strict request -> reply. The session ends with its last channel, or when the kernel says that the process
+// is gone (pidfd_open(2)): a forked child may keep the socket open, but not what its parent held.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <set>
+#include <string>
+
+#include "daemon/channel.hpp"
+#include "daemon/core.hpp"
+
+namespace cowmgr {
+
+class Session : public std::enable_shared_from_this<Session> {
+ public:
+  Session(Core& core, SessionId id, Peer peer, std::string command);
+
+  // Ends all channels and gives back all that the session held. May be called twice.
+  void close();
+  void add(Channel& channel) { channels_.insert(&channel); }
+  void remove(Channel& channel);
+  // Ends the session when its process does; to be spawned once.
+  [[nodiscard]] asio::awaitable<void> watch_process(UniqueFd pidfd);
+
+  [[nodiscard]] SessionId id() const noexcept { return id_; }
+  [[nodiscard]] const Peer& peer() const noexcept { return peer_; }
+  [[nodiscard]] const std::string& command() const noexcept { return command_; }
+  [[nodiscard]] Time connected() const noexcept { return connected_; }
+  [[nodiscard]] std::size_t channels() const noexcept { return channels_.size(); }
+  // Set when the session ended. To be looked at after every await: what it held is gone then.
+  [[nodiscard]] const std::atomic<bool>& gone() const noexcept { return gone_; }
+
+ private:
+  Core& core_;
+  SessionId id_;
+  Peer peer_;
+  std::string command_;
+  Time connected_;
+  std::set<Channel*> channels_;
+  asio::posix::stream_descriptor pidfd_;
+  std::atomic<bool> gone_{false};
+};
+
+}  // namespace cowmgr

@@ -1,0 +1,536 @@
+#include "daemon/store.hpp"
+
+#include <algorithm>
+#include <fnmatch.h>
+
+#include <fmt/format.h>
+
+#include "proto/text.hpp"
+
+namespace cowmgr {
+namespace {
+
+using State = ArrayRecord::State;
+
+constexpr std::size_t kNamedHolders = 3;  // in the message of out_of_memory
+
+bool matches(const std::string& pattern, const std::string& name) {
+  return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+}
+
+std::int64_t microseconds(Time time) {
+  return time.time_since_epoch().count();
+}
+
+TrailerInfo trailer_of(const ArrayRecord& record) {
+  return {.name = record.name,
+          .id = record.id,
+          .version = record.version,
+          .data_bytes = record.data_bytes,
+          .created_us = microseconds(record.created),
+          .sealed_us = microseconds(record.seal_asked),
+          .owner_uid = record.owner.uid,
+          .owner_gid = record.owner.gid,
+          .mode = record.owner.mode,
+          .evictable = record.evictable,
+          .checksum = 0};
+}
+
+tl::unexpected<Error> no_such_array(std::string_view name) {
+  return fail(Errc::not_found,
+              fmt::format("there is no array {}; `cowctl ls` lists those that there are", printable(name)));
+}
+
+tl::unexpected<Error> not_allowed(const ArrayRecord& record, std::string_view what) {
+  return fail(Errc::permission_denied,
+              fmt::format("array {} belongs to user {} with mode {:04o}, which does not let you {} it",
+                          printable(record.name), record.owner.uid, record.owner.mode, what));
+}
+
+tl::unexpected<Error> pinned(const ArrayRecord& record) {
+  return fail(Errc::pinned, fmt::format("array {} is pinned; unpin it first", printable(record.name)));
+}
+
+}  // namespace
+
+// ---- Sessions ----
+
+void Store::open_session(SessionId session, Peer peer) {
+  const bool is_new = sessions_.try_emplace(session, Holdings{std::move(peer), {}, {}}).second;
+  COWMGR_ASSERT(is_new);
+}
+
+void Store::close_session(SessionId session) {
+  auto node = sessions_.extract(session);
+  COWMGR_ASSERT(!node.empty());
+  for (const auto& [id, count] : node.mapped().views) drop_views(records_.at(id), count);
+  for (const ArrayId id : node.mapped().writing) drop(id);
+}
+
+const Store::Holdings& Store::holdings(SessionId session) const {
+  return sessions_.at(session);
+}
+Store::Holdings& Store::holdings(SessionId session) {
+  return sessions_.at(session);
+}
+
+// ---- Making arrays ----
+
+Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, Time now) {
+  Holdings& held = holdings(session);
+  if (auto ok = check_name(request.name); !ok) return error_of(std::move(ok));
+  const auto bytes = data_bytes(request.spec);
+  if (!bytes) return error_of(bytes);
+  auto header = make_npy_header(request.spec, kDataOffset);
+  if (!header) return error_of(std::move(header));
+  if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
+  const std::uint64_t size_bytes = segment_bytes(*bytes);
+  // Charged first: who may not have the array must not evict others for it.
+  if (auto ok = quota_.charge_array(held.peer.uid, size_bytes); !ok) return error_of(std::move(ok));
+  if (auto ok = make_room(size_bytes); !ok) {
+    quota_.release_array(held.peer.uid, size_bytes);
+    return error_of(std::move(ok));
+  }
+  const ArrayId id = ++last_id_;
+  used_bytes_ += size_bytes;
+  held.writing.insert(id);
+  const std::uint64_t version = next_version(request.name);
+  names_[request.name].all.insert(id);
+  records_.emplace(id, ArrayRecord{.id = id,
+                                   .name = request.name,
+                                   .version = version,
+                                   .spec = request.spec,
+                                   .header = *std::move(header),
+                                   .data_bytes = *bytes,
+                                   .owner = {held.peer.uid, held.peer.gid, request.mode & 0777U},
+                                   .replace = request.replace,
+                                   .evictable = request.evictable,
+                                   .writer = session,
+                                   .writer_pid = held.peer.pid,
+                                   .created = now,
+                                   .last_used = now});
+  return id;
+}
+
+Result<void> Store::check_name_is_free(SessionId session, const CreateRequest& request) const {
+  if (const ArrayId current = current_of(request.name); current != 0) {
+    const ArrayRecord& record = records_.at(current);
+    if (!request.replace) {
+      return fail(Errc::already_exists,
+                  fmt::format("array {} exists; evict it, or ask to replace it", printable(request.name)));
+    }
+    if (!may(session, record, Right::write)) return not_allowed(record, "replace");
+  }
+  if (const ArrayRecord* record = being_written(request.name)) {
+    if (!request.replace) {
+      return fail(Errc::already_exists,
+                  fmt::format("array {} is being written by process {}; wait for it, or ask to replace it",
+                              printable(request.name), record->writer_pid));
+    }
+    // Who seals first takes the name: else anybody could take it from under the one who writes it.
+    if (!may(session, *record, Right::write)) return not_allowed(*record, "replace");
+  }
+  return {};
+}
+
+std::uint64_t Store::next_version(const std::string& name) const {
+  const auto at = names_.find(name);
+  std::uint64_t last = 0;
+  if (at == names_.end()) return 1;
+  for (const ArrayId id : at->second.all) last = std::max(last, records_.at(id).version);
+  return last + 1;
+}
+
+ArrayId Store::current_of(const std::string& name) const {
+  const auto at = names_.find(name);
+  return at == names_.end() ? 0 : at->second.current;
+}
+
+const ArrayRecord* Store::being_written(const std::string& name) const {
+  const auto at = names_.find(name);
+  if (at == names_.end()) return nullptr;
+  for (const ArrayId id : at->second.all) {
+    if (records_.at(id).writer != 0) return &records_.at(id);
+  }
+  return nullptr;
+}
+
+Result<void> Store::make_room(std::uint64_t size_bytes) {
+  if (size_bytes > options_.capacity_bytes) return tl::unexpected(no_room(size_bytes));
+  const auto is_short = [&] {
+    return used_bytes_ - reclaiming_bytes_ > options_.capacity_bytes - size_bytes;
+  };
+  if (is_short() &&
+      memory_use().evictable_bytes + options_.capacity_bytes - size_bytes < used_bytes_ - reclaiming_bytes_) {
+    return tl::unexpected(no_room(size_bytes));
+  }
+  if (is_short()) {
+    for (auto* victim :
+         least_recently_used([](const ArrayRecord& record) { return record.is_reclaimable(); })) {
+      drain(*victim);
+      if (!is_short()) break;
+    }
+  }
+  // What was evicted is still being given back: the caller tries again when it is.
+  if (used_bytes_ > options_.capacity_bytes - size_bytes) return tl::unexpected(no_room(size_bytes));
+  return {};
+}
+
+Error Store::no_room(std::uint64_t size_bytes) const {
+  const MemoryUse use = memory_use();
+  const std::uint64_t free_bytes = use.capacity_bytes - std::min(use.capacity_bytes, use.used_bytes);
+  return {
+      Errc::out_of_memory,
+      fmt::format("this needs {}; of the capacity of {}, {} is free, {} evictable, {} pinned, {} in use{}; "
+                  "evict or unpin arrays, or start the daemon with a larger --capacity",
+                  format_size(size_bytes), format_size(use.capacity_bytes), format_size(free_bytes),
+                  format_size(use.evictable_bytes), format_size(use.pinned_bytes),
+                  format_size(use.viewed_bytes), largest_holders())};
+}
+
+// " (held by process 12: 3 GiB, process 13: 1 GiB)", the largest first.
+std::string Store::largest_holders() const {
+  std::vector<std::pair<std::uint64_t, pid_t>> holders;
+  for (const auto& [session, held] : sessions_) {
+    std::uint64_t size_bytes = 0;
+    for (const auto& [id, count] : held.views) size_bytes += records_.at(id).segment_bytes();
+    for (const ArrayId id : held.writing) size_bytes += records_.at(id).segment_bytes();
+    if (size_bytes > 0) holders.emplace_back(size_bytes, held.peer.pid);
+  }
+  std::sort(holders.rbegin(), holders.rend());
+  std::string text;
+  for (std::size_t i = 0; i < std::min(holders.size(), kNamedHolders); ++i) {
+    text += fmt::format("{}process {}: {}", i == 0 ? " (held by " : ", ", holders[i].second,
+                        format_size(holders[i].first));
+  }
+  return text.empty() ? text : text + ")";
+}
+
+Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
+  if (orphans_.erase(id) > 0) {
+    garbage_.push_back(std::move(segment));
+    return fail(Errc::not_found, "the array was given up while its memory was being reserved");
+  }
+  ArrayRecord& record = records_.at(id);
+  record.segment = std::move(segment);
+  record.state = State::writing;
+  return &record;
+}
+
+void Store::fail_backing(ArrayId id) {
+  if (const auto at = orphans_.find(id); at != orphans_.end()) {
+    reclaimed(at->second);
+    orphans_.erase(at);
+    return;
+  }
+  const std::uint64_t size_bytes = records_.at(id).segment_bytes();
+  drop(id);
+  orphans_.erase(id);
+  reclaimed(size_bytes);
+}
+
+void Store::abort(ArrayId id) {
+  const auto at = records_.find(id);
+  if (at == records_.end()) return;
+  COWMGR_ASSERT(at->second.state == State::reserved || at->second.state == State::writing);
+  drop(id);
+}
+
+Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now) {
+  const auto at = records_.find(id);
+  if (at == records_.end() || at->second.state != State::writing || at->second.writer != session) {
+    return fail(Errc::not_holder,
+                "this session is not writing such an array; it may have been sealed already");
+  }
+  ArrayRecord& record = at->second;
+  if (!record.replace && current_of(record.name) != 0) {
+    return fail(Errc::already_exists,
+                fmt::format("array {} was sealed by somebody else meanwhile", printable(record.name)));
+  }
+  if (record.seal_asked == Time{}) record.seal_asked = now;
+  auto sealed = env_.seal(record.segment, record.header, encode_trailer(trailer_of(record)));
+  if (!sealed) {
+    drop(id);
+    return error_of(std::move(sealed));
+  }
+  if (!*sealed) return false;
+  Holdings& held = holdings(session);
+  held.writing.erase(id);
+  if (keep_view) add_view(held, record, now);
+  publish(record, now);
+  return true;
+}
+
+// Of two versions of a name the higher sealed one counts; a lower one that is sealed later drains at once.
+void Store::publish(ArrayRecord& record, Time now) {
+  record.state = State::sealed;
+  record.writer = 0;
+  record.writer_pid = 0;
+  record.sealed = record.seal_asked;
+  record.last_used = now;
+  changed_names_.push_back(record.name);
+  ArrayId& current = names_.at(record.name).current;
+  const ArrayId previous = current;
+  if (previous != 0 && records_.at(previous).version > record.version) {
+    drain(record);
+    return;
+  }
+  current = record.id;
+  if (previous != 0) drain(records_.at(previous));
+}
+
+// ---- Using them ----
+
+Result<std::vector<const ArrayRecord*>> Store::attach(SessionId session, std::span<const std::string> names,
+                                                      std::span<const ArrayId> ids, Time now) {
+  std::vector<ArrayRecord*> found;
+  for (const auto& name : names) {
+    const ArrayId current = current_of(name);
+    if (current == 0) return no_such_array(name);
+    found.push_back(&records_.at(current));
+  }
+  for (const ArrayId id : ids) {
+    const auto at = records_.find(id);
+    if (at == records_.end() || at->second.state < State::sealed)
+      return no_such_array(fmt::format("#{}", id));
+    found.push_back(&at->second);
+  }
+  for (const ArrayRecord* record : found) {
+    if (auto ok = check_attach(session, *record); !ok) return error_of(std::move(ok));
+  }
+  for (ArrayRecord* record : found) add_view(holdings(session), *record, now);
+  return std::vector<const ArrayRecord*>(found.begin(), found.end());
+}
+
+const std::string* Store::first_missing(std::span<const std::string> names) const {
+  const auto at =
+      std::find_if(names.begin(), names.end(), [&](const auto& name) { return current_of(name) == 0; });
+  return at == names.end() ? nullptr : &*at;
+}
+
+Result<void> Store::check_attach(SessionId session, const ArrayRecord& record) const {
+  if (!may(session, record, Right::read)) return not_allowed(record, "attach");
+  if (!record.tampered) return {};
+  return fail(
+      Errc::tampered,
+      fmt::format("array {} is not served any more: somebody opened its segment for writing; put it again",
+                  printable(record.name)));
+}
+
+void Store::release(SessionId session, ArrayId id, Time now) {
+  auto& views = holdings(session).views;
+  const auto at = views.find(id);
+  if (at == views.end()) return;
+  if (--at->second == 0) views.erase(at);
+  ArrayRecord& record = records_.at(id);
+  record.last_used = now;
+  drop_views(record, 1);
+}
+
+void Store::add_view(Holdings& held, ArrayRecord& record, Time now) {
+  ++held.views[record.id];
+  ++record.views;
+  record.last_used = now;
+}
+
+void Store::drop_views(ArrayRecord& record, std::uint32_t count) {
+  COWMGR_ASSERT(record.views >= count);
+  record.views -= count;
+  if (record.views == 0 && record.state == State::draining) drop(record.id);
+}
+
+Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
+                                                         std::span<const std::string> patterns) {
+  std::set<ArrayId> ids;
+  for (const auto& pattern : patterns) {
+    if (const ArrayId current = current_of(pattern); current != 0) {
+      if (!may(session, records_.at(current), Right::write))
+        return not_allowed(records_.at(current), "change");
+      ids.insert(current);
+      continue;
+    }
+    bool is_matched = false;
+    for (const auto& [name, versions] : names_) {
+      const ArrayId id = versions.current;
+      if (id == 0 || !matches(pattern, name) || !may(session, records_.at(id), Right::write)) continue;
+      ids.insert(id);
+      is_matched = true;
+    }
+    if (is_matched) continue;
+    if (const ArrayRecord* record = being_written(pattern)) {
+      return fail(Errc::busy, fmt::format("array {} is still being written by process {}", printable(pattern),
+                                          record->writer_pid));
+    }
+    return no_such_array(pattern);
+  }
+  std::vector<ArrayRecord*> found;
+  found.reserve(ids.size());
+  for (const ArrayId id : ids) found.push_back(&records_.at(id));
+  return found;
+}
+
+Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::string> patterns) {
+  auto matched = match_to_change(session, patterns);
+  if (!matched) return error_of(std::move(matched));
+  const auto is_named = [&](const ArrayRecord& record) {
+    return std::find(patterns.begin(), patterns.end(), record.name) != patterns.end();
+  };
+  // A glob passes over what is pinned; a name that was spelled out, or a glob of nothing else, is refused.
+  std::vector<ArrayRecord*> victims;
+  for (ArrayRecord* record : *matched) {
+    if (!record->pinned)
+      victims.push_back(record);
+    else if (is_named(*record))
+      return pinned(*record);
+  }
+  if (victims.empty() && !matched->empty()) return pinned(*matched->front());
+  Evicted out;
+  for (ArrayRecord* record : victims) {
+    out.names.push_back(record->name);
+    if (record->views == 0) out.freed_bytes += record->segment_bytes();
+    drain(*record);
+  }
+  return out;
+}
+
+Result<Store::Evicted> Store::evict_lru(SessionId session, std::uint64_t size_bytes) {
+  Evicted out;
+  const auto is_wanted = [&](const ArrayRecord& record) {
+    return record.state == State::sealed && !record.pinned && record.views == 0 &&
+           may(session, record, Right::write);
+  };
+  for (ArrayRecord* record : least_recently_used(is_wanted)) {
+    if (out.freed_bytes >= size_bytes) break;
+    out.names.push_back(record->name);
+    out.freed_bytes += record->segment_bytes();
+    drain(*record);
+  }
+  return out;
+}
+
+std::vector<ArrayRecord*> Store::least_recently_used(const std::function<bool(const ArrayRecord&)>& wanted) {
+  std::vector<ArrayRecord*> found;
+  for (auto& [id, record] : records_) {
+    if (wanted(record)) found.push_back(&record);
+  }
+  std::sort(found.begin(), found.end(),
+            [](const ArrayRecord* a, const ArrayRecord* b) { return a->last_used < b->last_used; });
+  return found;
+}
+
+Result<std::vector<std::string>> Store::pin(SessionId session, std::span<const std::string> patterns,
+                                            bool pinned) {
+  auto matched = match_to_change(session, patterns);
+  if (!matched) return error_of(std::move(matched));
+  std::vector<std::string> names;
+  for (ArrayRecord* record : *matched) {
+    record->pinned = pinned;
+    names.push_back(record->name);
+  }
+  return names;
+}
+
+const ArrayRecord* Store::mark_tampered(int lease_fd) {
+  const auto at = std::find_if(records_.begin(), records_.end(), [&](const auto& entry) {
+    return entry.second.state >= State::sealed && entry.second.segment.lease.get() == lease_fd;
+  });
+  if (at == records_.end()) return nullptr;
+  ArrayRecord& record = at->second;
+  record.tampered = true;
+  if (record.state == State::sealed) record.state = State::tampered;
+  changed_names_.push_back(record.name);
+  return &record;
+}
+
+// The name goes now, the memory with the last view. `record` may be gone afterwards.
+void Store::drain(ArrayRecord& record) {
+  record.state = State::draining;
+  env_.unlink(record.segment);
+  if (ArrayId& current = names_.at(record.name).current; current == record.id) current = 0;
+  changed_names_.push_back(record.name);
+  if (record.views == 0) drop(record.id);
+}
+
+void Store::drop(ArrayId id) {
+  auto node = records_.extract(id);
+  ArrayRecord& record = node.mapped();
+  COWMGR_ASSERT(record.views == 0);
+  const auto versions = names_.find(record.name);
+  versions->second.all.erase(id);
+  if (versions->second.all.empty()) names_.erase(versions);
+  quota_.release_array(record.owner.uid, record.segment_bytes());
+  if (const auto held = sessions_.find(record.writer); held != sessions_.end())
+    held->second.writing.erase(id);
+  reclaiming_bytes_ += record.segment_bytes();
+  changed_names_.push_back(record.name);
+  if (record.state == State::reserved) {
+    orphans_.emplace(id, record.segment_bytes());
+  } else {
+    garbage_.push_back(std::move(record.segment));
+  }
+}
+
+void Store::reclaimed(std::uint64_t size_bytes) {
+  COWMGR_ASSERT(reclaiming_bytes_ >= size_bytes && used_bytes_ >= size_bytes);
+  reclaiming_bytes_ -= size_bytes;
+  used_bytes_ -= size_bytes;
+}
+
+// ---- Looking ----
+
+const ArrayRecord* Store::find(ArrayId id) const {
+  const auto at = records_.find(id);
+  return at == records_.end() ? nullptr : &at->second;
+}
+
+Result<const ArrayRecord*> Store::find(SessionId session, std::string_view name) const {
+  const auto at = names_.find(std::string(name));
+  if (at == names_.end()) return no_such_array(name);
+  const Versions& versions = at->second;
+  const ArrayRecord* found = &records_.at(versions.current != 0 ? versions.current : *versions.all.begin());
+  if (!may(session, *found, Right::read)) return not_allowed(*found, "look at");
+  return found;
+}
+
+std::vector<const ArrayRecord*> Store::list(SessionId session, std::string_view pattern, ArrayId after,
+                                            std::size_t limit) const {
+  std::vector<const ArrayRecord*> found;
+  const std::string glob(pattern);
+  for (auto at = records_.upper_bound(after); at != records_.end() && found.size() < limit; ++at) {
+    if (matches(glob, at->second.name) && may(session, at->second, Right::read)) found.push_back(&at->second);
+  }
+  return found;
+}
+
+bool Store::may(SessionId session, const ArrayRecord& record, Right right) const {
+  return is_allowed(holdings(session).peer, record.owner, right, options_.admin);
+}
+
+MemoryUse Store::memory_use() const {
+  MemoryUse use{.capacity_bytes = options_.capacity_bytes, .used_bytes = used_bytes_};
+  for (const auto& [id, record] : records_) {
+    const std::uint64_t size_bytes = record.segment_bytes();
+    if (record.pinned) use.pinned_bytes += size_bytes;
+    if (record.is_reclaimable()) use.evictable_bytes += size_bytes;
+    if (record.views > 0) use.viewed_bytes += size_bytes;
+  }
+  return use;
+}
+
+std::uint32_t Store::views_of(SessionId session, ArrayId id) const {
+  const auto& views = holdings(session).views;
+  const auto at = views.find(id);
+  return at == views.end() ? 0 : at->second;
+}
+
+Store::SessionUse Store::use_of(SessionId session) const {
+  const Holdings& held = holdings(session);
+  SessionUse use{.writing = static_cast<std::uint32_t>(held.writing.size())};
+  for (const auto& [id, count] : held.views) {
+    use.views += count;
+    use.view_bytes += records_.at(id).segment_bytes();
+  }
+  return use;
+}
+
+}  // namespace cowmgr

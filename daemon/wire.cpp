@@ -1,0 +1,104 @@
+#include "daemon/wire.hpp"
+
+namespace cowmgr {
+namespace {
+
+wire::ArrayState state_of(ArrayRecord::State state) {
+  switch (state) {
+    case ArrayRecord::State::sealed:
+      return wire::ArrayState::sealed;
+    case ArrayRecord::State::draining:
+      return wire::ArrayState::draining;
+    case ArrayRecord::State::tampered:
+      return wire::ArrayState::tampered;
+    default:
+      return wire::ArrayState::writing;
+  }
+}
+
+std::int64_t microseconds(Time time) {
+  return time.time_since_epoch().count();
+}
+
+wire::ByteOrder order_of(const ArraySpec& spec) {
+  return spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c;
+}
+
+}  // namespace
+
+wire::Protection protection_of(const ShmEnv& env, uid_t owner, uid_t daemon_uid) {
+  if (!env.has_leases()) return wire::Protection::advisory;
+  return owner == daemon_uid ? wire::Protection::verified : wire::Protection::enforced;
+}
+
+Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::Protection protection) {
+  const auto name = builder.CreateString(record.name);
+  const auto dtype = builder.CreateString(record.spec.dtype.str());
+  const auto shape = builder.CreateVector(record.spec.shape);
+  const auto segment = builder.CreateString(record.segment.name);
+  wire::ArrayInfoBuilder info(builder);
+  info.add_id(record.id);
+  info.add_name(name);
+  info.add_version(record.version);
+  info.add_dtype(dtype);
+  info.add_shape(shape);
+  info.add_order(order_of(record.spec));
+  info.add_data_bytes(record.data_bytes);
+  info.add_segment_bytes(record.segment_bytes());
+  info.add_segment(segment);
+  info.add_state(state_of(record.state));
+  info.add_protection(protection);
+  info.add_views(record.views);
+  info.add_pinned(record.pinned);
+  info.add_evictable(record.evictable);
+  info.add_owner_uid(record.owner.uid);
+  info.add_owner_gid(record.owner.gid);
+  info.add_mode(record.owner.mode);
+  info.add_created_us(microseconds(record.created));
+  info.add_sealed_us(microseconds(record.sealed));
+  info.add_last_used_us(microseconds(record.last_used));
+  info.add_writer_pid(record.writer_pid);
+  return info.Finish();
+}
+
+Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set, const Store& store) {
+  std::vector<std::int32_t> pids;
+  for (const SessionId session : set.mapped) pids.push_back(store.peer(session).pid);
+  const auto name = builder.CreateString(set.name);
+  const auto dtype = builder.CreateString(set.spec.dtype.str());
+  const auto shape = builder.CreateVector(set.spec.shape);
+  const auto message = builder.CreateString(set.message);
+  const auto holders = builder.CreateVector(pids);
+  wire::ResultsInfoBuilder info(builder);
+  info.add_id(set.id);
+  info.add_name(name);
+  info.add_dtype(dtype);
+  info.add_shape(shape);
+  info.add_slots(set.table.size());
+  info.add_data_bytes(set.data_bytes);
+  info.add_state(static_cast<wire::ResultsState>(set.state));
+  info.add_revision(set.revision);
+  info.add_free(set.table.free());
+  info.add_leased(set.table.leased());
+  info.add_committed(set.table.committed());
+  info.add_failed(set.table.failed());
+  info.add_message(message);
+  info.add_owner_uid(set.owner.uid);
+  info.add_owner_pid(set.owner_pid);
+  info.add_created_us(microseconds(set.created));
+  info.add_holders(holders);
+  return info.Finish();
+}
+
+std::vector<std::string> strings_of(const flatbuffers::Vector<Offset<flatbuffers::String>>* texts) {
+  std::vector<std::string> out;
+  if (texts == nullptr) return out;
+  for (const auto* text : *texts) out.emplace_back(view_of(text));
+  return out;
+}
+
+Shape shape_of(const flatbuffers::Vector<std::uint64_t>* dims) {
+  return dims == nullptr ? Shape{} : Shape(dims->begin(), dims->end());
+}
+
+}  // namespace cowmgr

@@ -1,0 +1,136 @@
+#include "proto/segment.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include <boost/crc.hpp>
+#include <fmt/format.h>
+
+#include "proto/text.hpp"
+
+namespace cowmgr {
+namespace {
+
+constexpr std::array<char, 8> kMagic = {'C', 'O', 'W', 'M', 'G', 'R', 'T', 'R'};
+constexpr std::uint32_t kFlagEvictable = 1U;
+constexpr std::uint64_t kMaxDataBytes = std::uint64_t{1} << 48;  // data_bytes() of npy.hpp allows no more
+
+// The page as it lies in the file, little-endian. The crc is CRC-32 (IEEE 802.3) of all bytes before it.
+struct RawTrailer {
+  std::array<char, 8> magic;
+  std::uint32_t layout_version;
+  std::uint32_t trailer_bytes;
+  std::uint64_t id;
+  std::uint64_t version;
+  std::uint64_t data_offset;
+  std::uint64_t data_bytes;
+  std::uint64_t segment_bytes;
+  std::int64_t created_us;
+  std::int64_t sealed_us;
+  std::uint32_t owner_uid;
+  std::uint32_t owner_gid;
+  std::uint32_t mode;
+  std::uint32_t flags;
+  std::uint64_t checksum;
+  std::uint32_t name_bytes;
+  std::uint32_t reserved;
+  std::array<char, kMaxNameBytes + 1> name;
+  std::array<char, 3732> zero;
+  std::uint32_t crc;
+};
+static_assert(sizeof(RawTrailer) == kTrailerBytes);
+static_assert(offsetof(RawTrailer, layout_version) == 8);
+static_assert(offsetof(RawTrailer, trailer_bytes) == 12);
+static_assert(offsetof(RawTrailer, id) == 16);
+static_assert(offsetof(RawTrailer, version) == 24);
+static_assert(offsetof(RawTrailer, data_offset) == 32);
+static_assert(offsetof(RawTrailer, data_bytes) == 40);
+static_assert(offsetof(RawTrailer, segment_bytes) == 48);
+static_assert(offsetof(RawTrailer, created_us) == 56);
+static_assert(offsetof(RawTrailer, sealed_us) == 64);
+static_assert(offsetof(RawTrailer, owner_uid) == 72);
+static_assert(offsetof(RawTrailer, owner_gid) == 76);
+static_assert(offsetof(RawTrailer, mode) == 80);
+static_assert(offsetof(RawTrailer, flags) == 84);
+static_assert(offsetof(RawTrailer, checksum) == 88);
+static_assert(offsetof(RawTrailer, name_bytes) == 96);
+static_assert(offsetof(RawTrailer, reserved) == 100);
+static_assert(offsetof(RawTrailer, name) == 104);
+static_assert(offsetof(RawTrailer, zero) == 360);
+static_assert(offsetof(RawTrailer, crc) == 4092);
+
+std::uint32_t crc_of(const RawTrailer& raw) {
+  boost::crc_32_type crc;
+  crc.process_bytes(&raw, offsetof(RawTrailer, crc));
+  return crc.checksum();
+}
+
+tl::unexpected<Error> refuse(std::string_view why) {
+  return fail(Errc::corrupted, fmt::format("the segment's trailer is damaged: {}", why));
+}
+
+}  // namespace
+
+std::string segment_name(std::string_view instance, std::uint64_t id) {
+  return fmt::format("/cowmgr.{}.{:016x}", instance, id);
+}
+
+TrailerPage encode_trailer(const TrailerInfo& info) {
+  COWMGR_ASSERT(info.name.size() <= kMaxNameBytes);
+  RawTrailer raw{};
+  raw.magic = kMagic;
+  raw.layout_version = kLayoutVersion;
+  raw.trailer_bytes = kTrailerBytes;
+  raw.id = info.id;
+  raw.version = info.version;
+  raw.data_offset = kDataOffset;
+  raw.data_bytes = info.data_bytes;
+  raw.segment_bytes = segment_bytes(info.data_bytes);
+  raw.created_us = info.created_us;
+  raw.sealed_us = info.sealed_us;
+  raw.owner_uid = info.owner_uid;
+  raw.owner_gid = info.owner_gid;
+  raw.mode = info.mode;
+  raw.flags = info.evictable ? kFlagEvictable : 0;
+  raw.checksum = info.checksum;
+  raw.name_bytes = static_cast<std::uint32_t>(info.name.size());
+  std::copy(info.name.begin(), info.name.end(), raw.name.begin());
+  raw.crc = crc_of(raw);
+  TrailerPage page;
+  std::memcpy(page.data(), &raw, sizeof raw);
+  return page;
+}
+
+Result<TrailerInfo> decode_trailer(std::span<const std::byte, kTrailerBytes> page) {
+  RawTrailer raw{};
+  std::memcpy(&raw, page.data(), sizeof raw);
+  if (raw.magic != kMagic) return refuse("no magic");
+  if (raw.layout_version > kLayoutVersion) {
+    return fail(Errc::unsupported,
+                fmt::format("the segment has layout version {}, this program reads up to {}; upgrade it",
+                            raw.layout_version, kLayoutVersion));
+  }
+  if (raw.crc != crc_of(raw)) return refuse("the crc does not match");
+  // A crc can be forged, so what it covers is still hostile.
+  if (raw.layout_version == 0) return refuse("its layout version is 0");
+  if (raw.trailer_bytes != kTrailerBytes || raw.data_offset != kDataOffset ||
+      raw.data_bytes > kMaxDataBytes || raw.segment_bytes != segment_bytes(raw.data_bytes) ||
+      raw.name_bytes > kMaxNameBytes) {
+    return refuse("its byte counts contradict each other");
+  }
+  std::string name(raw.name.data(), raw.name_bytes);
+  if (!name.empty() && !check_name(name)) return refuse("its name is malformed");
+  return TrailerInfo{.name = std::move(name),
+                     .id = raw.id,
+                     .version = raw.version,
+                     .data_bytes = raw.data_bytes,
+                     .created_us = raw.created_us,
+                     .sealed_us = raw.sealed_us,
+                     .owner_uid = raw.owner_uid,
+                     .owner_gid = raw.owner_gid,
+                     .mode = raw.mode,
+                     .evictable = (raw.flags & kFlagEvictable) != 0,
+                     .checksum = raw.checksum};
+}
+
+}  // namespace cowmgr

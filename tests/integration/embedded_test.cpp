@@ -1,0 +1,132 @@
+// A daemon that a program starts for itself: it lives and dies with it.
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <gtest/gtest.h>
+
+#include "tests/support/child.hpp"
+#include "tests/support/daemon_fixture.hpp"
+
+namespace cowmgr::test {
+namespace {
+
+class Embedded : public testing::Test {
+ protected:
+  void SetUp() override {
+    ::setenv("XDG_RUNTIME_DIR", directory_.path().c_str(), 1);
+    options_.program = program_path("cowmgr");
+  }
+  void TearDown() override { EXPECT_THAT(directory_.files(), testing::IsEmpty()); }
+
+  [[nodiscard]] static Result<Array> put(const Client& client, unsigned seed = 1) {
+    return client.put("a", {Dtype::of<std::uint8_t>(), {5000}}, pattern_bytes(5000, seed));
+  }
+
+  TemporaryDirectory directory_;
+  EmbeddedOptions options_;
+};
+
+TEST_F(Embedded, LivesAsLongAsItsObject) {
+  std::string instance;
+  std::optional<Array> array;
+  pid_t pid = 0;
+  {
+    const auto daemon = EmbeddedDaemon::start(options_);
+    ASSERT_THAT(daemon, Succeeds());
+    pid = daemon->pid();
+    const auto client = daemon->connect();
+    ASSERT_THAT(client, Succeeds());
+    array = *put(*client);
+    instance = client->ping()->instance;
+    EXPECT_EQ(client->ping()->pid, pid);
+    EXPECT_EQ(client->socket(), daemon->socket());
+  }
+  EXPECT_NE(::kill(pid, 0), 0) << "it has ended, and was reaped";
+  EXPECT_THAT(shm_files(instance), testing::IsEmpty());
+  EXPECT_EQ(copy_of(array->bytes()), pattern_bytes(5000)) << "views stay valid";
+}
+
+TEST_F(Embedded, LivesBesideAnother) {
+  const auto one = EmbeddedDaemon::start(options_);
+  const auto two = EmbeddedDaemon::start(options_);
+  ASSERT_THAT(two, Succeeds());
+  EXPECT_NE(one->socket(), two->socket());
+  const auto first = put(*one->connect(), 1);
+  const auto second = put(*two->connect(), 2);
+  EXPECT_EQ(copy_of(one->connect()->attach("a")->bytes()), pattern_bytes(5000, 1));
+  EXPECT_EQ(copy_of(two->connect()->attach("a")->bytes()), pattern_bytes(5000, 2));
+}
+
+TEST_F(Embedded, TakesItsCapacityFromTheCaller) {
+  options_.capacity_bytes = 3 << 20;
+  const auto daemon = EmbeddedDaemon::start(options_);
+  EXPECT_EQ(daemon->connect()->ping()->capacity_bytes, 3U << 20U);
+}
+
+TEST_F(Embedded, EndsWithAParentThatIsKilled) {
+  Child parent([&](const Link& test) {
+    const auto daemon = EmbeddedDaemon::start(options_);
+    const auto client = daemon->connect();
+    const auto array = put(*client);
+    test.say(std::to_string(daemon->pid()) + " " + client->ping()->instance);
+    test.await_word();
+  });
+  const std::string word = parent.hear();
+  const auto space = word.find(' ');
+  ASSERT_NE(space, std::string::npos);
+  const UniqueFd daemon = open_pidfd(std::stoi(word));
+  const std::string instance = word.substr(space + 1);
+  EXPECT_THAT(shm_files(instance), testing::Not(testing::IsEmpty()));
+  parent.kill();
+  EXPECT_TRUE(wait_readable(daemon.get())) << "the daemon ends";
+  EXPECT_THAT(shm_files(instance), testing::IsEmpty());
+}
+
+TEST_F(Embedded, EndsWithItsParentThoughAChildLivesOn) {
+  Child parent([&](const Link& test) {
+    const auto daemon = EmbeddedDaemon::start(options_);
+    const auto client = daemon->connect();
+    const Child grandchild([](const Link& link) {
+      ::prctl(PR_SET_PDEATHSIG, 0);
+      (void)link.hear();  // until its parent is gone
+    });
+    test.say(std::to_string(daemon->pid()));
+    test.await_word();
+  });
+  const UniqueFd daemon = open_pidfd(std::stoi(parent.hear()));
+  parent.kill();
+  EXPECT_TRUE(wait_readable(daemon.get()));
+}
+
+TEST_F(Embedded, IsNotThere) {
+  options_.program = "/nowhere/cowmgr";
+  const auto missing = EmbeddedDaemon::start(options_);
+  EXPECT_THAT(missing, FailsWith(Errc::not_found));
+  EXPECT_THAT(missing.error().message, testing::HasSubstr("/nowhere/cowmgr"));
+  options_.program = "/bin/false";
+  EXPECT_THAT(EmbeddedDaemon::start(options_), FailsWith(Errc::no_daemon));
+}
+
+TEST_F(Embedded, IsCleanedUpAfterIfItWasKilled) {
+  std::string instance;
+  {
+    const auto daemon = EmbeddedDaemon::start(options_);
+    const auto client = daemon->connect();
+    const auto array = put(*client);
+    instance = client->ping()->instance;
+    ::kill(daemon->pid(), SIGKILL);
+    const UniqueFd ended = open_pidfd(daemon->pid());
+    ASSERT_TRUE(wait_readable(ended.get()));
+    EXPECT_THAT(client->ping(), FailsWith(Errc::disconnected));
+    EXPECT_THAT(shm_files(instance), testing::Not(testing::IsEmpty()));
+  }
+  EXPECT_THAT(shm_files(instance), testing::IsEmpty());
+}
+
+}  // namespace
+}  // namespace cowmgr::test

@@ -1,0 +1,130 @@
+// A real daemon as a child process, and the fixture whose tests talk to it.
+//
+// Every test has a daemon, a directory and an instance of its own. When it ends, the daemon must end with 0
+// upon SIGTERM, and leave nothing in /dev/shm and nothing in its directory.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <sys/types.h>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "cowmgr/cowmgr.hpp"
+#include "proto/unique_fd.hpp"
+#include "tests/unit/result.hpp"
+
+namespace cowmgr::test {
+
+// After this, what was waited for will not come any more. Far beyond what a loaded machine needs.
+inline constexpr std::chrono::seconds kDeadline{60};
+
+// Asks again until `holds()`, each time a round trip to the daemon. False when the deadline is over.
+template <class Ask>
+[[nodiscard]] bool eventually(const Ask& holds) {
+  const auto deadline = std::chrono::steady_clock::now() + kDeadline;
+  while (!holds()) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+  }
+  return true;
+}
+
+// A directory under /tmp that other users may enter; removed with all in it.
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory();
+  ~TemporaryDirectory();
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+  [[nodiscard]] std::string file(std::string_view name) const { return path_ + "/" + std::string(name); }
+  [[nodiscard]] std::vector<std::string> files() const;
+
+ private:
+  std::string path_;
+};
+
+// The program `name` of this build.
+[[nodiscard]] std::string program_path(std::string_view name);
+// A name for an instance that nobody else has.
+[[nodiscard]] std::string unique_instance();
+// What lies in /dev/shm for `instance`.
+[[nodiscard]] std::vector<std::string> shm_files(const std::string& instance);
+// A descriptor that can be read when the process has ended.
+[[nodiscard]] UniqueFd open_pidfd(pid_t pid);
+// Waits until `fd` can be read. False when the deadline is over.
+[[nodiscard]] bool wait_readable(int fd);
+// Waits for the end of a child and reaps it. The exit code, or minus the signal that killed it.
+[[nodiscard]] int reap(pid_t pid);
+
+// Bytes that differ from page to page and from seed to seed.
+[[nodiscard]] std::vector<std::byte> pattern_bytes(std::size_t size_bytes, unsigned seed = 1);
+[[nodiscard]] std::vector<std::byte> copy_of(std::span<const std::byte> bytes);
+
+// All arrays that `client` may see; none when the daemon refuses.
+[[nodiscard]] inline std::vector<ArrayInfo> arrays_of(const Client& client) {
+  auto arrays = client.list();
+  EXPECT_THAT(arrays, Succeeds());
+  return arrays ? *std::move(arrays) : std::vector<ArrayInfo>();
+}
+
+// A running daemon; killed if it still runs when this object goes.
+class Daemon {
+ public:
+  // Starts `cowmgr` and returns when it says that it serves; a test fails when it does not.
+  Daemon(std::string socket, std::string instance, const std::vector<std::string>& arguments);
+  ~Daemon();
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+
+  [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
+  [[nodiscard]] const std::string& instance() const noexcept { return instance_; }
+  [[nodiscard]] pid_t pid() const noexcept { return pid_; }
+  // Sends `signal` and waits for the end. Returns what reap() does.
+  int stop(int signal);
+  // Waits for an end that somebody else brings about.
+  int wait();
+
+ private:
+  std::string socket_;
+  std::string instance_;
+  pid_t pid_ = -1;
+};
+
+// A daemon that is expected to end by itself: how, and what it wrote to standard error.
+struct Ended {
+  int exit_code = 0;
+  std::string log;
+};
+[[nodiscard]] Ended run_daemon(const std::vector<std::string>& arguments);
+
+// Tests that start their daemon themselves.
+class DaemonLifeTest : public testing::Test {
+ protected:
+  void TearDown() override;
+
+  Daemon& start(const std::vector<std::string>& arguments = {});
+  // Ends the daemon as an operator would, and checks that it leaves nothing.
+  void stop();
+  [[nodiscard]] Client connect(const std::string& command = "test") const;
+  [[nodiscard]] std::string socket() const { return directory_.file("s"); }
+  [[nodiscard]] const std::string& instance() const noexcept { return instance_; }
+
+  TemporaryDirectory directory_;
+  std::string instance_ = unique_instance();
+  std::unique_ptr<Daemon> daemon_;
+};
+
+class DaemonTest : public DaemonLifeTest {
+ protected:
+  void SetUp() override { start(); }
+};
+
+}  // namespace cowmgr::test

@@ -1,0 +1,73 @@
+#include "proto/errors.hpp"
+
+#include <cerrno>
+#include <csignal>
+#include <set>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "tests/unit/result.hpp"
+
+namespace cowmgr {
+namespace {
+
+constexpr auto kLastCode = static_cast<std::uint16_t>(Errc::unsupported);
+
+TEST(ErrorCode, HasAStableNameOfItsOwn) {
+  std::set<std::string_view> names;
+  for (std::uint16_t code = 1; code <= kLastCode; ++code) {
+    const auto name = to_string(static_cast<Errc>(code));
+    EXPECT_TRUE(names.insert(name).second) << name;
+    EXPECT_EQ(name.find_first_not_of("abcdefghijklmnopqrstuvwxyz_"), std::string_view::npos) << name;
+  }
+  EXPECT_FALSE(names.contains("unknown_error"));
+}
+
+TEST(ErrorCode, IsNamedAsItIsSpelled) {
+  EXPECT_EQ(to_string(Errc::invalid_name), "invalid_name");
+  EXPECT_EQ(to_string(Errc::invalid_file), "invalid_file");
+  EXPECT_EQ(to_string(Errc::out_of_memory), "out_of_memory");
+  EXPECT_EQ(to_string(Errc::already_committed), "already_committed");
+  EXPECT_EQ(to_string(Errc::protocol_mismatch), "protocol_mismatch");
+  EXPECT_EQ(to_string(Errc::unsupported), "unsupported");
+}
+
+TEST(ErrorCode, OfANewerPeerIsUnknown) {
+  EXPECT_EQ(to_string(static_cast<Errc>(kLastCode + 1)), "unknown_error");
+  EXPECT_EQ(to_string(static_cast<Errc>(0xFFFF)), "unknown_error");
+}
+
+TEST(OsError, NamesTheCallAndItsObject) {
+  const auto error = os_error("shm_open", "/cowmgr.default.1", EMFILE);
+  EXPECT_EQ(error.code, Errc::os_failure);
+  EXPECT_EQ(error.message, "shm_open /cowmgr.default.1: Too many open files");
+}
+
+TEST(OsError, TellsTheOutcomesThatCallersActOn) {
+  struct Case {
+    int number;
+    Errc expected;
+  };
+  for (const auto& [number, expected] :
+       {Case{ENOSPC, Errc::out_of_memory}, Case{ENOMEM, Errc::out_of_memory},
+        Case{EACCES, Errc::permission_denied}, Case{EPERM, Errc::permission_denied},
+        Case{ENOENT, Errc::not_found}, Case{EIO, Errc::os_failure}}) {
+    EXPECT_EQ(os_error("open", "x", number).code, expected) << number;
+  }
+}
+
+TEST(Result, HandsItsErrorOn) {
+  const Result<int> refused = fail(Errc::busy, "somebody reads it");
+  const Result<std::string> handed_on = error_of(refused);
+  EXPECT_EQ(handed_on.error(), (Error{Errc::busy, "somebody reads it"}));
+}
+
+TEST(Assertion, StopsTheProcessAndSaysWhere) {
+  COWMGR_ASSERT(1 + 1 == 2);
+  EXPECT_EXIT(COWMGR_ASSERT(1 + 1 == 3), testing::KilledBySignal(SIGABRT),
+              "internal error: 1 \\+ 1 == 3 does not hold .*errors_test.cpp");
+}
+
+}  // namespace
+}  // namespace cowmgr

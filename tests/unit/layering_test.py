@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Includes flow one way, and shared memory has one seam. Usage: layering_test.py SOURCE_DIR
+
+Prints each violation as `file:line: sentence` and exits with 1 if there is one.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+# The daemon's files from bottom to top. A name stands for name.hpp, name.cpp and name_*.{hpp,cpp}. A file includes
+# its own layer and those below it.
+DAEMON_LAYERS = [
+    ["shm_env", "lock_file", "peer", "quota"],
+    ["store"],
+    ["results"],
+    ["wire", "config"],
+    ["core"],
+    ["channel"],
+    ["session"],
+    ["requests"],
+    ["serve"],
+    ["server"],
+    ["main"],
+]
+
+# What each part may include of this project. The longest matching folder counts; tests/ may include everything.
+PARTS = {
+    "proto/": ("proto/",),
+    "daemon/": ("proto/", "daemon/"),
+    "client/": ("proto/", "client/", "cowmgr/"),
+    "client/include/cowmgr/": ("proto/", "cowmgr/"),
+}
+NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
+SHM_FILE = "daemon/shm_env.cpp"
+SHM_CALL_ELSEWHERE = {("daemon/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
+SHM_CALL = re.compile(
+    r"\b(shm_open|shm_unlink|(?:posix_)?fallocate(?:64)?|ftruncate(?:64)?|F_SETLEASE|MADV_COLLAPSE)\b")
+
+INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"\n]+)[>"]', re.MULTILINE)
+# Comments and literals; a quote after a hexadecimal digit separates digits (1'000).
+COMMENT = re.compile(
+    r'(?P<text>R"(?P<mark>[^(\s]*)\(.*?\)(?P=mark)"|"(?:\\.|[^"\\\n])*"|(?<![0-9a-fA-F])\'(?:\\.|[^\'\\\n])*\')'
+    r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+def blank(text):
+    """The same number of lines, without words."""
+    return '""' + "\n" * text.count("\n")
+
+
+class Tree:
+    def __init__(self, root):
+        self.root = root
+        self.problems = []
+        self.files = sorted(
+            path.relative_to(root).as_posix()
+            for part in ("proto", "daemon", "client", "tests")
+            for path in (root / part).rglob("*")
+            if path.suffix in (".cpp", ".hpp", ".h", ".c"))
+        self.includes = {}  # file: [(line, file of this project)]
+
+    def check(self):
+        for file in self.files:
+            self.check_file(file)
+        self.check_cycles()
+        return sorted(self.problems)
+
+    def problem(self, file, line, sentence):
+        self.problems.append((file, line, sentence))
+
+    def check_file(self, file):
+        text = (self.root / file).read_text(encoding="utf-8")
+        code = COMMENT.sub(lambda m: m[0] if m["text"] else blank(m[0]), text)
+        self.includes[file] = []
+        for match in INCLUDE.finditer(code):
+            self.check_include(file, code.count("\n", 0, match.start()) + 1, *match.groups())
+        if file.startswith("daemon/"):
+            self.check_daemon_file(file, COMMENT.sub(lambda m: blank(m[0]), text))
+
+    def check_include(self, file, line, bracket, name):
+        target = self.resolve(file, name)
+        if target:
+            self.includes[file].append((line, target))
+        if file.startswith(("proto/", "client/")) and name.startswith(NOT_IN_LIBRARIES):
+            self.problem(file, line, f"<{name}> belongs to the daemon.")
+        ours = bracket == '"' or name.startswith(("proto/", "daemon/", "client/", "cowmgr/", "tests/"))
+        part = max((p for p in PARTS if file.startswith(p)), key=len, default=None)
+        if ours and part and not name.startswith(PARTS[part]):
+            self.problem(file, line, f'{part} includes only {" and ".join(PARTS[part])} of this project, not "{name}".')
+        elif file.startswith("daemon/") and name.startswith("daemon/"):
+            self.check_layer(file, line, name)
+
+    def check_layer(self, file, line, name):
+        (lower, below), (_, above) = layer_of(file), layer_of(name)
+        if below is not None and above is not None and above > below:
+            self.problem(file, line, f'"{name}" is above {lower}: includes flow down.')
+
+    def check_daemon_file(self, file, code):
+        if layer_of(file)[1] is None:
+            self.problem(file, 1, "this file has no layer: name it in DAEMON_LAYERS of tests/unit/layering_test.py.")
+        if file == SHM_FILE:
+            return
+        for match in SHM_CALL.finditer(code):
+            if (file, match[0]) not in SHM_CALL_ELSEWHERE:
+                self.problem(file, code.count("\n", 0, match.start()) + 1, f"{match[0]} belongs in {SHM_FILE}.")
+
+    def resolve(self, file, name):
+        """The file of this project that an include means, or None (the system's, or generated)."""
+        beside = (self.root / file).parent / name
+        for path in (beside, self.root / name, self.root / "client/include" / name):
+            if path.is_file():
+                return path.resolve().relative_to(self.root).as_posix()
+        return None
+
+    def check_cycles(self):
+        done = set()
+
+        def visit(file, trail):
+            for line, target in self.includes.get(file, ()):
+                if target in trail:
+                    cycle = trail[trail.index(target):] + [target]
+                    self.problem(file, line, "these include each other: " + " -> ".join(cycle) + ".")
+                elif target not in done:
+                    visit(target, trail + [target])
+            done.add(file)
+
+        for file in self.files:
+            if file not in done:
+                visit(file, [file])
+
+
+def layer_of(file):
+    """The name in DAEMON_LAYERS that a file of the daemon goes by, and its height; (stem, None) if it has none."""
+    stem = Path(file).stem
+    heights = {name: height for height, names in enumerate(DAEMON_LAYERS) for name in names}
+    names = [name for name in heights if stem == name or stem.startswith(name + "_")]
+    name = max(names, key=len, default=stem)
+    return name, heights.get(name)
+
+
+def main():
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "proto").is_dir():
+        sys.exit("usage: layering_test.py SOURCE_DIR")
+    problems = Tree(Path(sys.argv[1]).resolve()).check()
+    for file, line, sentence in problems:
+        print(f"{file}:{line}: {sentence}")
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
