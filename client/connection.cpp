@@ -103,7 +103,7 @@ Result<std::unique_ptr<Channel>> Connection::take() {
   });
   if (is_lost_) {
     return fail(Errc::disconnected,
-                fmt::format("the daemon at {} went away; connect again when it is back", socket_));
+                fmt::format("the connection to the daemon at {} is lost; connect again", socket_));
   }
   if (!idle_.empty()) {
     auto channel = std::move(idle_.back());
@@ -155,9 +155,12 @@ tl::unexpected<Error> Connection::give_up(std::unique_ptr<Channel> channel, Erro
     return tl::unexpected(std::move(error));
   }
   channel.reset();
+  if (error.code == Errc::disconnected)
+    error.message = fmt::format("the daemon at {} went away; connect again when it is back", socket_);
   const std::lock_guard lock(pool_mutex());
   --open_channels_;
-  is_lost_ = is_lost_ || error.code == Errc::disconnected;
+  // The session ended with the daemon, or with its last channel.
+  is_lost_ = is_lost_ || error.code == Errc::disconnected || open_channels_ == 0;
   if (is_lost_) releases_.clear();  // or the flusher would go on trying
   channel_free_->notify_all();
   return tl::unexpected(std::move(error));

@@ -181,7 +181,7 @@ class Connection {
   std::unique_ptr<std::condition_variable> channel_free_ = std::make_unique<std::condition_variable>();
   std::uint64_t session_ = 0;  // 0: none yet
   std::uint64_t generation_ = fork_generation();
-  bool is_lost_ = false;  // the daemon went away
+  bool is_lost_ = false;  // the session ended
 };
 
 // How long one request may wait in the daemon; longer waits ask again.

@@ -3,6 +3,7 @@
 #include <array>
 #include <atomic>
 #include <pthread.h>
+#include <type_traits>
 #include <unistd.h>
 
 namespace cowmgr::detail {
@@ -34,9 +35,10 @@ std::uint64_t fork_generation() noexcept {
 }
 
 std::mutex& pool_mutex() noexcept {
-  // Never destroyed: a fork may come after the destructors of static objects.
-  static auto* const mutex = new std::mutex;
-  return *mutex;
+  // Needs no destructor, so that it serves a fork that comes after those of static objects.
+  static_assert(std::is_trivially_destructible_v<std::mutex>);
+  static constinit std::mutex mutex;
+  return mutex;
 }
 
 void close_in_children(int fd) noexcept {

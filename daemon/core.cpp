@@ -122,6 +122,7 @@ asio::awaitable<std::string> Core::writers_in_words(ArrayId id) {
 }
 
 asio::awaitable<void> Core::report_tampering(int lease_fd) {
+  if (!ShmEnv::is_lease_broken(lease_fd)) co_return;
   const ArrayRecord* record = store.mark_tampered(lease_fd);
   if (record == nullptr) co_return;
   const ArrayId id = record->id;

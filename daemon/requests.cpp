@@ -17,6 +17,7 @@ using Answer = asio::awaitable<Result<Reply>>;
 
 constexpr std::size_t kPageItems = 512;             // of one listing at most
 constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is closed: an item may take 20 KiB
+constexpr std::size_t kReplyBytesUsed = 127U << 10U;  // the rest of a frame is for what holds the items
 constexpr std::size_t kMaxPatternBytes = 1024;      // of a glob: a name has 255
 constexpr std::size_t kMaxPatterns = 64;            // of one request
 constexpr std::size_t kMaxMessageBytes = 4096;      // of a worker's reason for a failure
@@ -147,6 +148,24 @@ Answer abort_array(Call& call, const wire::AbortArray& table) {
   co_return done(call);
 }
 
+// The views are counted already; if the frame cannot tell of them, they go again.
+Result<Reply> views_reply(Call& call, const std::vector<const ArrayRecord*>& records) {
+  std::vector<Offset<wire::ArrayInfo>> arrays;
+  std::vector<ArrayId> ids;
+  for (const ArrayRecord* record : records) {
+    arrays.push_back(pack_array(call, *record));
+    ids.push_back(record->id);
+    call.fds.push_back(record->segment.reader.get());
+  }
+  if (call.builder.GetSize() <= kReplyBytesUsed)
+    return reply_of(wire::CreateArraysDirect(call.builder, &arrays));
+  for (const ArrayId id : ids) call.core.store.release(call.session->id(), id, Core::now());
+  call.core.settle();
+  return fail(Errc::invalid_argument,
+              "what there is to say of these arrays, their dtypes above all, does not fit a frame; attach "
+              "fewer in one request");
+}
+
 Answer attach(Call& call, const wire::Attach& table) {
   Core& core = call.core;
   const auto names = strings_of(table.names());
@@ -160,14 +179,7 @@ Answer attach(Call& call, const wire::Attach& table) {
   const Deadline deadline = deadline_after(table.wait_ms());
   for (;;) {
     const auto found = core.store.attach(call.session->id(), names, ids, Core::now());
-    if (found) {
-      std::vector<Offset<wire::ArrayInfo>> arrays;
-      for (const ArrayRecord* record : *found) {
-        arrays.push_back(pack_array(call, *record));
-        call.fds.push_back(record->segment.reader.get());
-      }
-      co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays));
-    }
+    if (found) co_return views_reply(call, *found);
     const std::string* missing = core.store.first_missing(names);
     if (missing == nullptr || table.wait_ms() == 0) co_return error_of(found);
     const std::string key = Core::array_key(*missing);

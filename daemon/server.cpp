@@ -76,6 +76,7 @@ Server::Server(asio::io_context& io, Core& core, UniqueFd listener)
     std::signal(SIGINT, SIG_IGN);
   } else {
     signals_.add(SIGINT);
+    signals_.add(SIGHUP);  // the terminal was closed
   }
   core_.stop = [this] { stop(); };
 }

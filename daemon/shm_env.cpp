@@ -314,6 +314,11 @@ Result<bool> ShmEnv::seal(Segment& segment, std::string_view header, const Trail
   return true;
 }
 
+// F_GETLEASE tells the type that a lease is being broken to (fs/locks.c, fcntl_getlease).
+bool ShmEnv::is_lease_broken(int lease_fd) noexcept {
+  return ::fcntl(lease_fd, F_GETLEASE) == F_UNLCK;
+}
+
 void ShmEnv::end_lease(const Segment& segment) const noexcept {
   ::fcntl(segment.lease.get(), F_SETLEASE, F_UNLCK);
 }

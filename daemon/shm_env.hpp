@@ -74,6 +74,10 @@ class ShmEnv {
   [[nodiscard]] Result<bool> seal(Segment& segment, std::string_view header,
                                   const TrailerPage& trailer) const;
 
+  // Whether somebody waits for the lease of this descriptor, or it has none: a signal that names the number
+  // of a descriptor may come when that number means another segment.
+  [[nodiscard]] static bool is_lease_broken(int lease_fd) noexcept;
+
   // Gives up the lease, so that whoever waits to open the file for writing goes on.
   void end_lease(const Segment& segment) const noexcept;
 

@@ -58,9 +58,9 @@ class Hole {
     const std::uint64_t hole = place_and_pages_.load();
     if (hole % kHugePageBytes * kHugePageBytes < size_bytes) return nullptr;
     place_and_pages_ = 0;
+    const std::uintptr_t place = hole / kHugePageBytes * kHugePageBytes;
     // Only the kernel ever looks at it: nothing lives there yet.
-    return reinterpret_cast<void*>(hole / kHugePageBytes *
-                                   kHugePageBytes);  // NOLINT(performance-no-int-to-ptr)
+    return reinterpret_cast<void*>(place);  // NOLINT(performance-no-int-to-ptr)
   }
 
  private:

@@ -1,4 +1,4 @@
-// The file that `cowctl get` writes. See npy_file.hpp.
+#include "client/cowctl/output_file.hpp"
 
 #include <array>
 #include <cerrno>
@@ -13,7 +13,6 @@
 
 #include <fmt/format.h>
 
-#include "client/cowctl/npy_file.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr::cli {

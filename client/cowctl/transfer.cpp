@@ -8,6 +8,7 @@
 
 #include "client/cowctl/commands.hpp"
 #include "client/cowctl/npy_file.hpp"
+#include "client/cowctl/output_file.hpp"
 #include "proto/segment.hpp"
 #include "proto/text.hpp"
 

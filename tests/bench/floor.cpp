@@ -76,8 +76,10 @@ void FloorServer::map_and_unmap() const {
   message.msg_control = control.data();
   message.msg_controllen = control.size();
   COWMGR_ASSERT(::recvmsg(socket_.get(), &message, MSG_CMSG_CLOEXEC) > 0);
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  COWMGR_ASSERT(header != nullptr);
   int fd = -1;
-  std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
+  std::memcpy(&fd, CMSG_DATA(header), sizeof fd);
   void* address = ::mmap(nullptr, size_bytes_, PROT_READ, MAP_SHARED, fd, 0);
   COWMGR_ASSERT(address != MAP_FAILED);
   ::munmap(address, size_bytes_);

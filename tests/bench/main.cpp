@@ -32,6 +32,8 @@ constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 constexpr std::uint64_t kAttachBytes = 188 * kMiB;  // the training images of the demo
 constexpr std::uint64_t kPutBytes = 256 * kMiB;
 constexpr int kBatch = 64;
+constexpr std::int64_t kAttaches = 2000;               // of one repetition
+constexpr std::int64_t kAttachesBesideChurn = 50'000;  // so long that the neighbour makes and evicts several
 
 template <class T>
 T value_of(Result<T> result) {
@@ -118,14 +120,14 @@ benchmark::internal::Benchmark* add(const std::string& name, const Plan& plan, s
 
 void add_attach(const std::string& name, const Plan& plan, Stage& stage, Place place,
                 const std::string& array) {
-  add(name, plan, 2000, [&stage, place, array](benchmark::State& state) {
+  add(name, plan, kAttaches, [&stage, place, array](benchmark::State& state) {
     put_in_place(stage, place);
     time_each(state, [&] { (void)value_of(stage.client.attach(array)); });
   });
 }
 
 void add_floor(const std::string& name, const Plan& plan, Stage& stage, Place place) {
-  add(name, plan, 2000, [&stage, place](benchmark::State& state) {
+  add(name, plan, kAttaches, [&stage, place](benchmark::State& state) {
     put_in_place(stage, place);
     time_each(state, [&] { stage.floor->map_and_unmap(); });
   });
@@ -144,7 +146,7 @@ void add_benchmarks(const Plan& plan, Stage& stage) {
     time_each(state, [&] { (void)value_of(stage.client.attach(stage.batch)); });
   });
   add_attach("attach_quiet", plan, stage, Place::anywhere, "bench/188MiB");
-  add("attach_beside_churn", plan, 2000, [&](benchmark::State& state) {
+  add("attach_beside_churn", plan, kAttachesBesideChurn, [&](benchmark::State& state) {
     put_in_place(stage, Place::anywhere);
     stage.churn->start();
     time_each(state, [&] { (void)value_of(stage.client.attach("bench/188MiB")); });

@@ -27,7 +27,7 @@ class DaemonLife : public DaemonLifeTest {
 };
 
 TEST_F(DaemonLife, EndsInGoodOrder) {
-  for (const int signal : {SIGTERM, SIGINT}) {
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP}) {
     start();
     const Client client = connect();
     const auto array = put(client, "a");

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 #include <vector>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/child.hpp"
@@ -141,6 +142,41 @@ TEST_F(Protocol, IgnoresWhatIsNotThePeers) {
   EXPECT_EQ(peer.refusal([](Builder& b) { return wire::CreateWaitResults(b, 77); }).code, Errc::not_found);
   EXPECT_EQ(peer.refusal([](Builder& b) { return wire::CreateStatArray(b); }).code, Errc::not_found);
   EXPECT_EQ(peer.refusal([](Builder& b) { return wire::CreateMakeArray(b); }).code, Errc::invalid_dtype);
+}
+
+// The memory of a set is its workers' to write: whoever made it can neither seal nor abort it as an array.
+TEST_F(Protocol, KeepsTheMakerOfASetFromItsArray) {
+  RawPeer peer = RawPeer::greeted(socket());
+  const std::vector<std::uint64_t> shape = {8};
+  const auto* made = peer.ask<wire::Results>(
+      [&](Builder& b) { return wire::CreateMakeResultsDirect(b, "set", "|u1", &shape, 2); });
+  ASSERT_NE(made, nullptr);
+  const std::uint64_t id = made->sets()->Get(0)->id();
+  EXPECT_EQ(peer.refusal([&](Builder& b) { return wire::CreateSealArray(b, id); }).code, Errc::not_holder);
+  EXPECT_EQ(peer.refusal([&](Builder& b) { return wire::CreateAbortArray(b, id); }).code, Errc::not_holder);
+  const auto* leased = peer.ask<wire::Leased>([&](Builder& b) { return wire::CreateLeaseSlot(b, id); });
+  ASSERT_NE(leased, nullptr);
+  EXPECT_EQ(leased->slot(), 0);
+}
+
+// A reply that would not fit a frame is refused, and counts no view.
+TEST_F(Protocol, HasNoReplyThatDoesNotFitAFrame) {
+  const Client client = connect();
+  std::string dtype = "[";
+  for (int field = 0; field < 100; ++field) dtype += fmt::format("('a_rather_long_name_{:03}','|u1'),", field);
+  const auto wide = Dtype::parse(dtype + "]");
+  ASSERT_THAT(wide, Succeeds());
+  std::vector<std::string> names;
+  for (int i = 0; i < 64; ++i) {
+    names.push_back(fmt::format("wide {}", i));
+    ASSERT_THAT(client.create(names.back(), {*wide, {1}})->seal(), Succeeds());
+  }
+  const auto refused = client.attach(names);
+  EXPECT_THAT(refused, FailsWith(Errc::invalid_argument));
+  EXPECT_THAT(refused.error().message, testing::HasSubstr("attach fewer"));
+  EXPECT_TRUE(eventually([&] { return client.ping()->viewed_bytes == 0; }));
+  names.resize(16);
+  EXPECT_THAT(client.attach(names), Succeeds());
 }
 
 // A request that is too large for a frame is the caller's mistake: the session, and all it holds, stays.

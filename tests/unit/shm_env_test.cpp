@@ -251,6 +251,7 @@ TEST_F(SealTest, WritesTheTrailerAndGivesUpTheWritableDescriptor) {
             static_cast<ssize_t>(page.size()));
   EXPECT_EQ(page, trailer_);
   EXPECT_EQ(::fcntl(segment_.lease.get(), F_GETLEASE), F_RDLCK);
+  EXPECT_FALSE(ShmEnv::is_lease_broken(segment_.lease.get()));
 }
 
 TEST_F(SealTest, WaitsForAWritableMapping) {
@@ -425,6 +426,7 @@ TEST_F(SealTest, WhoOpensASealedSegmentForWritingIsToldOnAndWaits) {
   const timespec patience{.tv_sec = 20, .tv_nsec = 0};
   ASSERT_EQ(::sigtimedwait(&set, &info, &patience), test_lease_signal());
   EXPECT_EQ(info.si_fd, segment_.lease.get());
+  EXPECT_TRUE(ShmEnv::is_lease_broken(info.si_fd));
   EXPECT_EQ(opener.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
   env_.end_lease(segment_);
   EXPECT_TRUE(opener.get());
@@ -439,6 +441,7 @@ TEST_F(SealTest, ReadersDoNotBreakTheLease) {
   EXPECT_THAT(own, Succeeds());
   env_.unlink(segment_);
   EXPECT_EQ(::fcntl(segment_.lease.get(), F_GETLEASE), F_RDLCK);
+  EXPECT_FALSE(ShmEnv::is_lease_broken(segment_.lease.get()));
 }
 
 }  // namespace

@@ -21,7 +21,7 @@
 
 #include <fmt/format.h>
 
-#include "client/cowctl/npy_file.hpp"
+#include "client/cowctl/output_file.hpp"
 #include "client/cowctl/terminal.hpp"
 #include "client/examples/knn/demo_options.hpp"
 #include "client/examples/knn/fashion_mnist.hpp"
