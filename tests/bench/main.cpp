@@ -60,8 +60,8 @@ void time_each(benchmark::State& state, const Operation& operation) {
 
 // Which processor client and server run on decides what a wake-up costs (here: 15 us when they share one, 35
 // us when they do not, since another processor must be interrupted), and the scheduler changes its mind from
-// run to run. So both places are measured, each for product and floor alike. Beside a neighbour the scheduler
-// is left to choose, since getting out of a neighbour's way is its work.
+// run to run. So both places are measured, each for product and floor alike; beside a neighbour also where
+// the scheduler puts them, since getting out of a neighbour's way is its work.
 enum class Place { together, apart, anywhere };
 
 void pin(pid_t pid, int cpu) {
@@ -133,6 +133,15 @@ void add_floor(const std::string& name, const Plan& plan, Stage& stage, Place pl
   });
 }
 
+void add_beside_churn(const std::string& name, const Plan& plan, Stage& stage, Place place) {
+  add(name, plan, kAttachesBesideChurn, [&stage, place](benchmark::State& state) {
+    put_in_place(stage, place);
+    stage.churn->start();
+    time_each(state, [&] { (void)value_of(stage.client.attach("bench/188MiB")); });
+    state.counters["arrays_made"] = static_cast<double>(stage.churn->stop());
+  });
+}
+
 void add_benchmarks(const Plan& plan, Stage& stage) {
   add_floor("floor_together", plan, stage, Place::together);
   add_floor("floor_apart", plan, stage, Place::apart);
@@ -146,12 +155,9 @@ void add_benchmarks(const Plan& plan, Stage& stage) {
     time_each(state, [&] { (void)value_of(stage.client.attach(stage.batch)); });
   });
   add_attach("attach_quiet", plan, stage, Place::anywhere, "bench/188MiB");
-  add("attach_beside_churn", plan, kAttachesBesideChurn, [&](benchmark::State& state) {
-    put_in_place(stage, Place::anywhere);
-    stage.churn->start();
-    time_each(state, [&] { (void)value_of(stage.client.attach("bench/188MiB")); });
-    state.counters["arrays_made"] = static_cast<double>(stage.churn->stop());
-  });
+  add_beside_churn("attach_beside_churn", plan, stage, Place::anywhere);
+  add_beside_churn("attach_beside_churn_together", plan, stage, Place::together);
+  add_beside_churn("attach_beside_churn_apart", plan, stage, Place::apart);
   add("put_by_hand", plan, 1, [&](benchmark::State& state) {
     time_each(state, [&] { put_by_hand(stage.source.data(), stage.source.size()); });
   });
@@ -177,8 +183,12 @@ void add_ratios(Reporter& reporter) {
       "attach + release against the bare system calls, on one processor");
   add("attach_vs_floor_apart", "attach_apart", "floor_apart", 1.4, "the same, client and server on two");
   add("attach_1GiB_vs_4KiB", "attach_1GiB", "attach_4KiB", 0, "the array's size does not matter");
-  add("attach_beside_churn", "attach_beside_churn", "attach_quiet", 1.5,
+  add("beside_churn", "attach_beside_churn", "attach_quiet", 1.5,
       "while a neighbour creates and evicts large arrays");
+  add("beside_churn_together", "attach_beside_churn_together", "attach_together", 1.5,
+      "the same, client and server on one processor");
+  add("beside_churn_apart", "attach_beside_churn_apart", "attach_apart", 0,
+      "the same, on two; with no third, they wait for the kernel to clear a huge page");
   add("attach_64_each_vs_one", "attach_64_at_once", "attach_together", 0,
       "one of 64 in a request against one alone", kBatch);
   add("put_vs_by_hand", "put", "put_by_hand", 0, "256 MiB: create, copy, seal against shm_open, memcpy");
