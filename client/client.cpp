@@ -222,28 +222,41 @@ Result<std::vector<ClientInfo>> Client::clients() const {
 
 namespace {
 
-Result<ResultsInfo> only_set(const wire::Results& results) {
-  if (results.sets() == nullptr || results.sets()->size() != 1)
-    return fail(Errc::protocol_error, "the daemon's description of a result set is malformed");
-  return detail::info_of(*results.sets()->Get(0));
+std::uint32_t lease_ms(const ResultsOptions& options) {
+  return static_cast<std::uint32_t>(std::clamp<std::int64_t>(options.lease.count(), 0, UINT32_MAX));
 }
 
 }  // namespace
 
 Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec& spec, std::uint64_t slots,
-                                         const CreateOptions& options) const {
+                                         const ResultsOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
   if (spec.order != Order::c)
     return fail(Errc::invalid_argument, "a result set has C order, so that the rows of a slot lie together");
   const auto reply = connection_->call<wire::Results>([&](Builder& b) {
     const auto packed = pack_spec(b, name, spec);
     return wire::CreateMakeResults(b, packed.name, packed.dtype, packed.shape, slots, options.replace,
-                                   options.evictable, options.mode);
+                                   options.evictable, options.mode, false, options.attempts,
+                                   lease_ms(options), options.is_detached);
   });
   if (!reply) return error_of(reply);
-  auto info = only_set(**reply);
-  if (!info) return error_of(std::move(info));
-  return ResultSet(std::make_shared<detail::ResultSetImpl>(connection_, *std::move(info)));
+  auto set = detail::ResultSetImpl::open(connection_, *reply);
+  if (!set) return error_of(std::move(set));
+  return ResultSet(*std::move(set));
+}
+
+Result<ResultSet> Client::create_ragged(std::string_view name, std::uint64_t slots,
+                                        const ResultsOptions& options) const {
+  if (auto ok = check_name(name); !ok) return error_of(std::move(ok));
+  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+    const auto text = b.CreateString(name.data(), name.size());
+    return wire::CreateMakeResults(b, text, 0, 0, slots, options.replace, false, options.mode, true,
+                                   options.attempts, lease_ms(options), options.is_detached);
+  });
+  if (!reply) return error_of(reply);
+  auto set = detail::ResultSetImpl::open(connection_, *reply);
+  if (!set) return error_of(std::move(set));
+  return ResultSet(*std::move(set));
 }
 
 Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait) const {
@@ -255,9 +268,9 @@ Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait)
     });
     if (!reply && reply.error().code == Errc::timed_out && !patience.is_over()) continue;
     if (!reply) return error_of(reply);
-    auto info = only_set(**reply);
-    if (!info) return error_of(std::move(info));
-    return ResultSet(std::make_shared<detail::ResultSetImpl>(connection_, *std::move(info)));
+    auto set = detail::ResultSetImpl::open(connection_, *reply);
+    if (!set) return error_of(std::move(set));
+    return ResultSet(*std::move(set));
   }
 }
 

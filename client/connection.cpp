@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <exception>
 #include <utility>
 
 #include <fmt/format.h>
@@ -45,8 +46,12 @@ Result<void> Channel::send() {
 }
 
 Result<const wire::Reply*> Channel::exchange() {
-  if (auto sent = send(); !sent) return error_of(std::move(sent));
+  auto sent = send();
+  if (!sent && sent.error().code != Errc::disconnected) return error_of(std::move(sent));
   auto frame = receive_frame(socket_.get(), {buffer_.get(), kMaxFrameBytes});
+  // Whoever hung up may have said why before: the kernel tells of the end first if it has left us unread.
+  if (!frame && frame.error().code == Errc::disconnected)
+    frame = receive_frame(socket_.get(), {buffer_.get(), kMaxFrameBytes});
   if (!frame) return error_of(std::move(frame));
   if (!*frame) return fail(Errc::os_failure, "the connection to the daemon was made non-blocking");
   fds_ = std::move((*frame)->fds);
@@ -152,6 +157,7 @@ tl::unexpected<Error> Connection::give_up(std::unique_ptr<Channel> channel, Erro
     put_back(std::move(channel));
     const std::lock_guard lock(pool_mutex());
     releases_.insert(releases_.end(), released.begin(), released.end());
+    wake_flusher();
     return tl::unexpected(std::move(error));
   }
   channel.reset();
@@ -170,6 +176,11 @@ void Connection::release_view(std::uint64_t id) noexcept {
   const std::lock_guard lock(pool_mutex());
   if (generation_ != fork_generation() || is_lost_) return;
   releases_.push_back(id);
+  wake_flusher();
+}
+
+// Called with the mutex held.
+void Connection::wake_flusher() noexcept {
   ++release_count_;
   if (!flusher_)
     start_flusher();
@@ -178,12 +189,16 @@ void Connection::release_view(std::uint64_t id) noexcept {
 }
 
 // With all signals blocked: the program's handlers run in the program's threads.
-void Connection::start_flusher() {
+void Connection::start_flusher() noexcept {
   sigset_t all;
   sigset_t before;
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  flusher_ = std::make_unique<std::thread>([this] { flush_releases(); });
+  try {
+    flusher_ = std::make_unique<std::thread>([this] { flush_releases(); });
+  } catch (const std::exception&) {
+    // No thread to be had: what was released goes with the next request.
+  }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

@@ -162,7 +162,8 @@ class Connection {
   void start_over_in_child() noexcept;
   void leave_threads_to_parent() noexcept;
   [[nodiscard]] std::vector<std::uint64_t> take_releases();
-  void start_flusher();
+  void wake_flusher() noexcept;
+  void start_flusher() noexcept;
   void flush_releases();
 
   const std::string socket_;

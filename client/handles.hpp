@@ -3,7 +3,10 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
+#include <string_view>
+#include <vector>
 
 #include "client/connection.hpp"
 #include "cowmgr/array.hpp"
@@ -80,28 +83,67 @@ class WriterImpl {
   std::uint64_t generation_ = fork_generation();
 };
 
-// The writable mapping of a set that all slots of this process share.
+class SlotImpl;
+using Slots = std::vector<std::unique_ptr<SlotImpl>>;
+
+// A result set, its own segment, and of a dense one the writable mapping that all slots of this process
+// share.
 class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
  public:
-  ResultSetImpl(std::shared_ptr<Connection> connection, ResultsInfo info)
-      : connection_(std::move(connection)), info_(std::move(info)) {}
+  // From the reply to MakeResults or OpenResults.
+  [[nodiscard]] static Result<std::shared_ptr<ResultSetImpl>> open(
+      std::shared_ptr<Connection> connection, const Connection::Reply<wire::Results>& reply);
+  ResultSetImpl(std::shared_ptr<Connection> connection, ResultsInfo info, Mapping memory, ResultSegment table)
+      : connection_(std::move(connection)),
+        info_(std::move(info)),
+        memory_(std::move(memory)),
+        table_(table) {}
 
   [[nodiscard]] const ResultsInfo& info() const noexcept { return info_; }
-  [[nodiscard]] Result<ResultsInfo> ask(std::uint64_t seen, std::uint32_t wait_ms) const;
-  [[nodiscard]] Result<std::vector<std::unique_ptr<ArrayImpl>>> attach() const;
+  [[nodiscard]] const ResultSegment& table() const noexcept { return table_; }
 
-  // A slot, or none when every slot is settled; `index` -1: any. Errors: timed_out.
-  [[nodiscard]] Result<std::unique_ptr<SlotImpl>> lease(std::int64_t index, Milliseconds wait);
+  struct Wait {
+    std::uint64_t seen = 0;              // revision
+    std::uint64_t settled = UINT64_MAX;  // answered when more slots are settled
+    std::uint32_t wait_ms = 0;
+    std::uint32_t pace_ms = 0;  // no answer before, unless the set has ended
+  };
+  [[nodiscard]] Result<ResultsInfo> ask(const Wait& wait) const;
+  [[nodiscard]] Result<void> cancel() const;
+  [[nodiscard]] Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(std::vector<std::uint64_t> ids) const;
+
+  // How many slots a request shall bring.
+  struct Batch {
+    std::uint32_t count = 1;
+    bool is_shared = false;  // fewer, if others want some
+  };
+  // Slots, or none when every slot is settled; `index` -1: any. Errors: timed_out, and the daemon's.
+  [[nodiscard]] Result<Slots> lease(std::int64_t index, const Batch& batch, Milliseconds wait);
+
+  struct Committed {
+    Slots next;
+    struct Refusal {
+      std::uint64_t slot = 0;
+      Error error;
+    };
+    std::vector<Refusal> refused;
+  };
+  // Commits `done`, whose values fit a frame, and leases `next` slots, or none for 0. The slots are spent.
+  [[nodiscard]] Result<Committed> commit(Slots& done, const Batch& next);
+  [[nodiscard]] Result<void> fail(SlotImpl& slot, std::string_view message);
+  void give_back(SlotImpl& slot) noexcept;
+  [[nodiscard]] Result<void> allocate(SlotImpl& slot, const ArraySpec& spec);
 
  private:
-  friend class SlotImpl;
   using LeaseReply = Connection::Reply<wire::Leased>;
-  [[nodiscard]] Result<std::unique_ptr<SlotImpl>> take_slot(const LeaseReply& reply,
-                                                            std::shared_ptr<Mapping> mapping);
+  [[nodiscard]] Result<Slots> take_slots(const LeaseReply& reply, std::shared_ptr<Mapping> mapping);
   [[nodiscard]] Result<std::shared_ptr<Mapping>> mapping_for(const LeaseReply& reply);
+  [[nodiscard]] bool is_mapped();
 
   std::shared_ptr<Connection> connection_;
   ResultsInfo info_;
+  Mapping memory_;  // of the set's own segment
+  ResultSegment table_;
   // Held while a slot ends, its request included: the daemon must hear of the ends in the order in which the
   // slots let go of the mapping, or "nobody here has it mapped any more" may come too early.
   std::mutex ending_;
@@ -112,32 +154,42 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
 
 class SlotImpl {
  public:
-  SlotImpl(std::shared_ptr<ResultSetImpl> set, const wire::Leased& lease, std::shared_ptr<Mapping> mapping);
+  SlotImpl(std::shared_ptr<ResultSetImpl> set, const wire::SlotLease& lease,
+           std::shared_ptr<Mapping> mapping);
   SlotImpl(const SlotImpl&) = delete;
   SlotImpl& operator=(const SlotImpl&) = delete;
   ~SlotImpl();
 
   [[nodiscard]] std::uint64_t index() const noexcept { return index_; }
   [[nodiscard]] std::uint32_t attempt() const noexcept { return attempt_; }
-  [[nodiscard]] Rows rows() const noexcept { return rows_; }
-  [[nodiscard]] const Dtype& dtype() const noexcept { return set_->info().spec.dtype; }
+  [[nodiscard]] Rows rows() const noexcept;
+  [[nodiscard]] const Dtype& dtype() const noexcept;
   [[nodiscard]] std::span<std::byte> bytes() const noexcept;
-
-  [[nodiscard]] Result<void> commit();
-  // Another slot if one is free at once, else none: ask the set then.
-  [[nodiscard]] Result<std::unique_ptr<SlotImpl>> commit_and_take();
-  [[nodiscard]] Result<void> fail(std::string_view message);
   [[nodiscard]] const std::shared_ptr<ResultSetImpl>& set() const noexcept { return set_; }
 
+  // Errors: wrong_process in a forked child; already_committed for a slot that is spent.
+  [[nodiscard]] Result<void> check_usable() const;
+  [[nodiscard]] Result<void> set_value(std::span<const std::byte> value);
+  [[nodiscard]] const std::vector<std::byte>& value() const noexcept { return value_; }
+
  private:
-  void give_back() noexcept;
-  [[nodiscard]] bool let_go() noexcept;
+  friend class ResultSetImpl;
+  // The array of a ragged set's slot.
+  struct Allocation {
+    ArrayInfo info;
+    Mapping mapping;
+    UniqueFd reader;  // O_RDONLY, for the mapping that takes the place of the writable one
+  };
+  [[nodiscard]] Result<void> make_read_only();
+  void spend() noexcept;
 
   std::shared_ptr<ResultSetImpl> set_;
   std::uint64_t index_;
   std::uint32_t attempt_;
-  Rows rows_;
-  std::shared_ptr<Mapping> mapping_;  // null: the slot is spent
+  bool is_spent_ = false;
+  std::shared_ptr<Mapping> mapping_;  // of a dense set
+  std::optional<Allocation> allocation_;
+  std::vector<std::byte> value_;
   std::uint64_t generation_ = fork_generation();
 };
 

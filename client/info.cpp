@@ -54,6 +54,7 @@ Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
   if (!spec) return error_of(std::move(spec));
   ResultsInfo info{.id = table.id(),
                    .name = std::string(view_of(table.name())),
+                   .is_ragged = table.ragged(),
                    .spec = *std::move(spec),
                    .slots = table.slots(),
                    .data_bytes = table.data_bytes(),
@@ -67,6 +68,11 @@ Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
                    .owner_uid = table.owner_uid(),
                    .owner_pid = table.owner_pid(),
                    .created = time_of(table.created_us())};
+  info.attempts = table.attempts();
+  info.lease = Milliseconds(table.lease_ms());
+  info.is_detached = table.detached();
+  info.value_bytes = table.value_bytes();
+  info.segment = view_of(table.segment());
   if (table.holders() != nullptr) info.holders.assign(table.holders()->begin(), table.holders()->end());
   return info;
 }

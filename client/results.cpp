@@ -1,6 +1,8 @@
 #include "cowmgr/results.hpp"
 
 #include <algorithm>
+#include <chrono>
+#include <exception>
 #include <utility>
 
 #include <fmt/format.h>
@@ -12,38 +14,70 @@ namespace cowmgr {
 namespace detail {
 namespace {
 
-constexpr std::size_t kMaxReasonBytes = 4096;  // of a failure's message: the daemon keeps no more
+constexpr std::size_t kMaxReasonBytes = 4096;      // of a failure's message: the daemon keeps no more
+constexpr std::uint32_t kArrayValue = UINT32_MAX;  // in CommitSlots: the array that was allocated
+constexpr std::uint32_t kMaxBatch = 4096;          // slots of one request
 
 }  // namespace
 
 // ---- ResultSetImpl ----
 
-Result<ResultsInfo> ResultSetImpl::ask(std::uint64_t seen, std::uint32_t wait_ms) const {
-  const auto reply = connection_->call<wire::Results>(
-      [&](Builder& b) { return wire::CreateWaitResults(b, info_.id, seen, wait_ms); });
+Result<std::shared_ptr<ResultSetImpl>> ResultSetImpl::open(std::shared_ptr<Connection> connection,
+                                                           const Connection::Reply<wire::Results>& reply) {
+  if (reply->sets() == nullptr || reply->sets()->size() != 1 || reply.fds().size() != 1)
+    return cowmgr::fail(Errc::protocol_error, "the daemon's description of a result set is malformed");
+  auto info = info_of(*reply->sets()->Get(0));
+  if (!info) return error_of(std::move(info));
+  const int fd = reply.fds().front().get();
+  const auto head = Mapping::map(fd, kPageBytes, Access::read_only);
+  if (!head) return error_of(head);
+  if (const auto ok = ResultSegment::open(head->data(), info->id); !ok) return error_of(ok);
+  auto memory =
+      Mapping::map(fd, reinterpret_cast<const ResultHeader*>(head->data())->max_bytes, Access::read_only);
+  if (!memory) return error_of(std::move(memory));
+  const auto table = ResultSegment::open(memory->data(), info->id);
+  if (!table) return error_of(table);
+  return std::make_shared<ResultSetImpl>(std::move(connection), *std::move(info), *std::move(memory), *table);
+}
+
+Result<ResultsInfo> ResultSetImpl::ask(const Wait& wait) const {
+  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+    return wire::CreateWaitResults(b, info_.id, wait.seen, wait.settled, wait.wait_ms, wait.pace_ms);
+  });
   if (!reply) return error_of(reply);
   if ((*reply)->sets() == nullptr || (*reply)->sets()->size() != 1)
     return cowmgr::fail(Errc::protocol_error, "the daemon's answer to a wait is malformed");
   return info_of(*(*reply)->sets()->Get(0));
 }
 
-Result<std::vector<std::unique_ptr<ArrayImpl>>> ResultSetImpl::attach() const {
-  const std::vector<std::uint64_t> ids = {info_.id};
+Result<void> ResultSetImpl::cancel() const {
+  const auto reply =
+      connection_->call<wire::Done>([&](Builder& b) { return wire::CreateCancelResults(b, info_.id); });
+  if (!reply) return error_of(reply);
+  return {};
+}
+
+Result<std::vector<std::unique_ptr<ArrayImpl>>> ResultSetImpl::attach(std::vector<std::uint64_t> ids) const {
   const auto reply =
       connection_->call<wire::Arrays>([&](Builder& b) { return wire::CreateAttachDirect(b, nullptr, &ids); });
   if (!reply) return error_of(reply);
-  return ArrayImpl::map_all(connection_, *reply, View::shared);
+  auto arrays = ArrayImpl::map_all(connection_, *reply, View::shared);
+  if (arrays && arrays->size() != ids.size())
+    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to an attach is malformed");
+  return arrays;
 }
 
-Result<std::unique_ptr<SlotImpl>> ResultSetImpl::lease(std::int64_t index, Milliseconds wait) {
+Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milliseconds wait) {
   const Patience patience(wait);
   for (;;) {
     const std::uint32_t wait_ms = patience.next_ms();
-    const auto reply = connection_->call<wire::Leased>(
-        [&](Builder& b) { return wire::CreateLeaseSlot(b, info_.id, index, wait_ms, false); });
+    const auto reply = connection_->call<wire::Leased>([&](Builder& b) {
+      return wire::CreateLeaseSlots(b, info_.id, index, std::min(batch.count, kMaxBatch), batch.is_shared,
+                                    wait_ms, false);
+    });
     if (!reply) return error_of(reply);
-    if ((*reply)->slot() >= 0) return take_slot(*reply, nullptr);
-    if ((*reply)->complete()) return std::unique_ptr<SlotImpl>();
+    if ((*reply)->slots() != nullptr && (*reply)->slots()->size() > 0) return take_slots(*reply, nullptr);
+    if ((*reply)->complete()) return Slots();
     if (patience.is_over()) {
       return cowmgr::fail(
           Errc::timed_out,
@@ -53,20 +87,24 @@ Result<std::unique_ptr<SlotImpl>> ResultSetImpl::lease(std::int64_t index, Milli
   }
 }
 
-// A lease that cannot be used must be told back, or nobody else would get the slot.
-Result<std::unique_ptr<SlotImpl>> ResultSetImpl::take_slot(const LeaseReply& reply,
-                                                           std::shared_ptr<Mapping> mapping) {
-  if (!mapping) {
+// Leases that cannot be used must be told back, or nobody else would get the slots.
+Result<Slots> ResultSetImpl::take_slots(const LeaseReply& reply, std::shared_ptr<Mapping> mapping) {
+  if (!mapping && !info_.is_ragged) {
     auto mapped = mapping_for(reply);
     if (!mapped) {
-      const auto slot = static_cast<std::uint64_t>(reply->slot());
+      std::vector<std::uint64_t> slots;
+      for (const auto* lease : *reply->slots()) slots.push_back(lease->slot());
       (void)connection_->call<wire::Done>(
-          [&](Builder& b) { return wire::CreateGiveBackSlot(b, info_.id, slot, false); });
+          [&](Builder& b) { return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, false); });
       return error_of(std::move(mapped));
     }
     mapping = *std::move(mapped);
   }
-  return std::make_unique<SlotImpl>(shared_from_this(), *reply, std::move(mapping));
+  Slots slots;
+  slots.reserve(reply->slots()->size());
+  for (const auto* lease : *reply->slots())
+    slots.push_back(std::make_unique<SlotImpl>(shared_from_this(), *lease, mapping));
+  return slots;
 }
 
 Result<std::shared_ptr<Mapping>> ResultSetImpl::mapping_for(const LeaseReply& reply) {
@@ -83,86 +121,209 @@ Result<std::shared_ptr<Mapping>> ResultSetImpl::mapping_for(const LeaseReply& re
   return mapping;
 }
 
-// ---- SlotImpl ----
+bool ResultSetImpl::is_mapped() {
+  const std::lock_guard lock(mapping_mutex_);
+  return !mapping_.expired();
+}
 
-SlotImpl::SlotImpl(std::shared_ptr<ResultSetImpl> set, const wire::Leased& lease,
-                   std::shared_ptr<Mapping> mapping)
-    : set_(std::move(set)),
-      index_(static_cast<std::uint64_t>(lease.slot())),
-      attempt_(lease.attempt()),
-      rows_{lease.begin(), lease.end()},
-      mapping_(std::move(mapping)) {}
+namespace {
 
-SlotImpl::~SlotImpl() {
-  if (!mapping_) return;
-  if (generation_ != fork_generation()) {
-    // The writable mapping does not exist in a child (MADV_DONTFORK); something else may lie there by now.
-    (void)new std::shared_ptr<Mapping>(std::move(mapping_));
-    return;
+std::vector<ResultSetImpl::Committed::Refusal> refusals_of(const wire::Leased& reply) {
+  std::vector<ResultSetImpl::Committed::Refusal> refused;
+  if (reply.refused() == nullptr) return refused;
+  for (const auto* table : *reply.refused())
+    refused.push_back(
+        {table->slot(), {static_cast<Errc>(table->code()), std::string(view_of(table->message()))}});
+  return refused;
+}
+
+// Whether a refusal means that the slot is not this session's any more.
+bool is_lost(Errc code) {
+  return code == Errc::not_holder || code == Errc::already_committed || code == Errc::slot_failed ||
+         code == Errc::not_found;
+}
+
+}  // namespace
+
+Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch& next) {
+  std::vector<std::uint64_t> slots;
+  std::vector<std::uint32_t> attempts;
+  std::vector<std::uint32_t> sizes;
+  std::vector<std::uint8_t> values;
+  for (const auto& slot : done) {
+    if (auto ok = slot->make_read_only(); !ok) return error_of(std::move(ok));
+    slots.push_back(slot->index());
+    attempts.push_back(slot->attempt());
+    if (!info_.is_ragged) continue;
+    sizes.push_back(slot->allocation_ ? kArrayValue : static_cast<std::uint32_t>(slot->value_.size()));
+    const auto* bytes = reinterpret_cast<const std::uint8_t*>(slot->value_.data());
+    values.insert(values.end(), bytes, bytes + slot->value_.size());
   }
-  give_back();
-}
-
-std::span<std::byte> SlotImpl::bytes() const noexcept {
-  const auto& info = set_->info();
-  const std::uint64_t rows = info.spec.shape.front();
-  const std::uint64_t row_bytes = rows == 0 ? 0 : info.data_bytes / rows;
-  return data_of(*mapping_, info.data_bytes).subspan(rows_.begin * row_bytes, rows_.count() * row_bytes);
-}
-
-// Drops this slot's hold on the mapping. Returns whether other slots of this process still have it.
-bool SlotImpl::let_go() noexcept {
-  mapping_.reset();
-  const std::lock_guard lock(set_->mapping_mutex_);
-  return !set_->mapping_.expired();
-}
-
-Result<void> SlotImpl::commit() {
-  if (auto ok = check_process(generation_); !ok) return ok;
-  if (!mapping_) return cowmgr::fail(Errc::already_committed, "this slot is spent");
-  const std::lock_guard lock(set_->ending_);
-  const bool is_mapped = let_go();
-  const auto reply = set_->connection_->call<wire::Leased>(
-      [&](Builder& b) { return wire::CreateCommitSlot(b, set_->info().id, index_, false, is_mapped); });
+  const std::lock_guard lock(ending_);
+  std::shared_ptr<Mapping> mapping = done.empty() ? nullptr : done.front()->mapping_;
+  for (const auto& slot : done) slot->mapping_.reset();
+  if (next.count == 0) mapping.reset();
+  const bool keeps_mapping = !info_.is_ragged && (next.count > 0 ? mapping != nullptr : is_mapped());
+  const auto reply = connection_->call<wire::Leased>([&](Builder& b) {
+    return wire::CreateCommitSlotsDirect(b, info_.id, &slots, values.empty() ? nullptr : &values,
+                                         sizes.empty() ? nullptr : &sizes, std::min(next.count, kMaxBatch),
+                                         next.is_shared, keeps_mapping, &attempts);
+  });
+  // What was not taken, and is still held, may be committed again; it is given back when its handle goes.
+  Committed committed;
+  if (reply) {
+    committed.refused = refusals_of(**reply);
+    for (const auto& slot : done) {
+      const auto refusal = std::find_if(committed.refused.begin(), committed.refused.end(),
+                                        [&](const auto& one) { return one.slot == slot->index(); });
+      if (refusal == committed.refused.end() || is_lost(refusal->error.code)) slot->spend();
+    }
+  }
+  if (reply && (*reply)->slots() != nullptr && (*reply)->slots()->size() > 0) {
+    auto taken = take_slots(*reply, std::move(mapping));
+    if (!taken) return error_of(std::move(taken));
+    committed.next = *std::move(taken);
+    return committed;
+  }
+  if (mapping) {
+    mapping.reset();
+    if (!is_mapped()) connection_->notify([&](Builder& b) { return wire::CreateUnmapped(b, info_.id); });
+  }
   if (!reply) return error_of(reply);
-  return {};
+  return committed;
 }
 
-Result<std::unique_ptr<SlotImpl>> SlotImpl::commit_and_take() {
-  if (auto ok = check_process(generation_); !ok) return error_of(std::move(ok));
-  if (!mapping_) return cowmgr::fail(Errc::already_committed, "this slot is spent");
-  const std::lock_guard lock(set_->ending_);
-  const auto reply = set_->connection_->call<wire::Leased>(
-      [&](Builder& b) { return wire::CreateCommitSlot(b, set_->info().id, index_, true, true); });
-  if (reply && (*reply)->slot() >= 0) return set_->take_slot(*reply, std::move(mapping_));
-  if (!let_go())
-    set_->connection_->notify([&](Builder& b) { return wire::CreateUnmapped(b, set_->info().id); });
-  if (!reply) return error_of(reply);
-  return std::unique_ptr<SlotImpl>();
-}
-
-Result<void> SlotImpl::fail(std::string_view message) {
-  if (auto ok = check_process(generation_); !ok) return ok;
-  if (!mapping_) return cowmgr::fail(Errc::already_committed, "this slot is spent");
-  const std::lock_guard lock(set_->ending_);
-  const bool is_mapped = let_go();
-  const auto reply = set_->connection_->call<wire::Done>([&](Builder& b) {
-    return wire::CreateFailSlot(b, set_->info().id, index_,
+Result<void> ResultSetImpl::fail(SlotImpl& slot, std::string_view message) {
+  if (auto ok = slot.check_usable(); !ok) return ok;
+  const std::lock_guard lock(ending_);
+  slot.spend();
+  const bool keeps_mapping = is_mapped();
+  const auto reply = connection_->call<wire::Done>([&](Builder& b) {
+    return wire::CreateFailSlot(b, info_.id, slot.index(),
                                 b.CreateString(message.data(), std::min(message.size(), kMaxReasonBytes)),
-                                is_mapped);
+                                keeps_mapping, slot.attempt());
   });
   if (!reply) return error_of(reply);
   return {};
 }
 
-void SlotImpl::give_back() noexcept {
-  const std::lock_guard lock(set_->ending_);
-  const bool is_mapped = let_go();
-  (void)set_->connection_->call<wire::Done>(
-      [&](Builder& b) { return wire::CreateGiveBackSlot(b, set_->info().id, index_, is_mapped); });
+void ResultSetImpl::give_back(SlotImpl& slot) noexcept {
+  const std::lock_guard lock(ending_);
+  slot.spend();
+  const bool keeps_mapping = is_mapped();
+  const std::vector<std::uint64_t> slots = {slot.index()};
+  const std::vector<std::uint32_t> attempts = {slot.attempt()};
+  (void)connection_->call<wire::Done>([&](Builder& b) {
+    return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, keeps_mapping, &attempts);
+  });
+}
+
+Result<void> ResultSetImpl::allocate(SlotImpl& slot, const ArraySpec& spec) {
+  if (auto ok = slot.check_usable(); !ok) return ok;
+  if (!info_.is_ragged)
+    return cowmgr::fail(Errc::invalid_argument,
+                        "the slots of a dense set are rows of its array: write there");
+  slot.allocation_.reset();
+  auto reply = connection_->call<wire::Created>([&](Builder& b) {
+    return wire::CreateAllocateSlotDirect(
+        b, info_.id, slot.index(), spec.dtype.str().c_str(), &spec.shape,
+        spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c, slot.attempt());
+  });
+  if (!reply) return error_of(reply);
+  if ((*reply)->array() == nullptr || reply->fds().size() != 2)
+    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to an allocation is malformed");
+  auto info = info_of(*(*reply)->array());
+  if (!info) return error_of(std::move(info));
+  auto mapped = Mapping::map(reply->fds()[0].get(), info->segment_bytes, Access::read_write);
+  if (!mapped) return error_of(std::move(mapped));  // the daemon drops the array with the slot
+  slot.allocation_.emplace(
+      SlotImpl::Allocation{*std::move(info), *std::move(mapped), std::move(reply->fds()[1])});
+  return {};
+}
+
+// ---- SlotImpl ----
+
+SlotImpl::SlotImpl(std::shared_ptr<ResultSetImpl> set, const wire::SlotLease& lease,
+                   std::shared_ptr<Mapping> mapping)
+    : set_(std::move(set)), index_(lease.slot()), attempt_(lease.attempt()), mapping_(std::move(mapping)) {}
+
+SlotImpl::~SlotImpl() {
+  if (is_spent_) return;
+  if (generation_ != fork_generation()) {
+    // Writable mappings do not exist in a child (MADV_DONTFORK); something else may lie there by now.
+    (void)new std::shared_ptr<Mapping>(std::move(mapping_));
+    if (allocation_) (void)new Mapping(std::move(allocation_->mapping));
+    return;
+  }
+  set_->give_back(*this);
+}
+
+Result<void> SlotImpl::check_usable() const {
+  if (auto ok = check_process(generation_); !ok) return ok;
+  if (is_spent_) return cowmgr::fail(Errc::already_committed, "this slot is spent");
+  return {};
+}
+
+// The memory goes, the array included that was not committed; the handle stays.
+void SlotImpl::spend() noexcept {
+  is_spent_ = true;
+  mapping_.reset();
+  allocation_.reset();
+  value_.clear();
+}
+
+Rows SlotImpl::rows() const noexcept {
+  const auto& info = set_->info();
+  if (info.is_ragged) return {};
+  return rows_of_slot(info.spec.shape.front(), info.slots, index_);
+}
+
+const Dtype& SlotImpl::dtype() const noexcept {
+  return allocation_ ? allocation_->info.spec.dtype : set_->info().spec.dtype;
+}
+
+std::span<std::byte> SlotImpl::bytes() const noexcept {
+  if (allocation_) return data_of(allocation_->mapping, allocation_->info.data_bytes);
+  if (!mapping_) return {};
+  const auto& info = set_->info();
+  const std::uint64_t rows_in_all = info.spec.shape.front();
+  const std::uint64_t row_bytes = rows_in_all == 0 ? 0 : info.data_bytes / rows_in_all;
+  const Rows mine = rows();
+  return data_of(*mapping_, info.data_bytes).subspan(mine.begin * row_bytes, mine.count() * row_bytes);
+}
+
+Result<void> SlotImpl::set_value(std::span<const std::byte> value) {
+  if (auto ok = check_usable(); !ok) return ok;
+  if (!set_->info().is_ragged)
+    return cowmgr::fail(Errc::invalid_argument,
+                        "the slots of a dense set are rows of its array: write there");
+  if (value.size() > kMaxValueBytes) {
+    return cowmgr::fail(Errc::invalid_argument,
+                        fmt::format("a slot's value has at most {} bytes, not {}; allocate an array for more",
+                                    kMaxValueBytes, value.size()));
+  }
+  allocation_.reset();
+  value_.assign(value.begin(), value.end());
+  return {};
+}
+
+Result<void> SlotImpl::make_read_only() {
+  if (!allocation_ || !allocation_->reader) return {};
+  if (auto ok = allocation_->mapping.make_read_only(allocation_->reader.get()); !ok) return ok;
+  allocation_->reader.reset();
+  return {};
 }
 
 }  // namespace detail
+
+namespace {
+
+constexpr std::uint32_t kMostAtOnce = 64;                      // slots that work() takes at once
+constexpr auto kBatchTime = std::chrono::milliseconds(1);      // that they may take together
+constexpr std::size_t kMaxBatchBytes = std::size_t{48} << 10;  // of values, before they are committed early
+constexpr std::uint32_t kPaceMs = 50;                          // between two calls of a progress function
+
+}  // namespace
 
 // ---- Slot ----
 
@@ -186,25 +347,56 @@ std::span<std::byte> Slot::bytes() const noexcept {
 const Dtype& Slot::dtype() const noexcept {
   return impl_->dtype();
 }
-Result<void> Slot::commit() {
-  return impl_->commit();
+Result<void> Slot::allocate(const ArraySpec& spec) {
+  return impl_->set()->allocate(*impl_, spec);
+}
+Result<void> Slot::set_value(std::span<const std::byte> value) {
+  return impl_->set_value(value);
 }
 Result<void> Slot::fail(std::string_view message) {
-  return impl_->fail(message);
+  return impl_->set()->fail(*impl_, message);
+}
+
+namespace {
+
+// Commits one slot by itself, which stays behind its handle.
+Result<detail::ResultSetImpl::Committed> commit_one(std::unique_ptr<detail::SlotImpl>& slot,
+                                                    std::uint32_t next) {
+  if (auto ok = slot->check_usable(); !ok) return error_of(std::move(ok));
+  const auto set = slot->set();
+  detail::Slots done;
+  done.push_back(std::move(slot));
+  auto committed = set->commit(done, {.count = next});
+  slot = std::move(done.front());
+  if (committed && !committed->refused.empty()) return tl::unexpected(committed->refused.front().error);
+  return committed;
+}
+
+}  // namespace
+
+Result<void> Slot::commit() {
+  const auto committed = commit_one(impl_, 0);
+  if (!committed) return error_of(committed);
+  return {};
 }
 
 Result<std::optional<Slot>> Slot::commit_and_lease(Milliseconds wait) {
-  auto next = impl_->commit_and_take();
-  if (next && !*next) next = impl_->set()->lease(-1, wait);
+  auto committed = commit_one(impl_, 1);
+  if (!committed) return error_of(std::move(committed));
+  if (!committed->next.empty()) return Slot(std::move(committed->next.front()));
+  auto next = impl_->set()->lease(-1, {}, wait);
   if (!next) return error_of(std::move(next));
-  if (!*next) return std::optional<Slot>();
-  return Slot(*std::move(next));
+  if (next->empty()) return std::optional<Slot>();
+  return Slot(std::move(next->front()));
 }
 
-// ---- ResultSet ----
+// ---- ResultSet: for workers ----
 
 const std::string& ResultSet::name() const noexcept {
   return impl_->info().name;
+}
+bool ResultSet::is_ragged() const noexcept {
+  return impl_->info().is_ragged;
 }
 const ArraySpec& ResultSet::spec() const noexcept {
   return impl_->info().spec;
@@ -212,15 +404,20 @@ const ArraySpec& ResultSet::spec() const noexcept {
 std::uint64_t ResultSet::slots() const noexcept {
   return impl_->info().slots;
 }
-Result<ResultsInfo> ResultSet::info() const {
-  return impl_->ask(0, 0);
-}
 
 Result<std::optional<Slot>> ResultSet::lease(Milliseconds wait) {
-  auto slot = impl_->lease(-1, wait);
-  if (!slot) return error_of(std::move(slot));
-  if (!*slot) return std::optional<Slot>();
-  return Slot(*std::move(slot));
+  auto slots = impl_->lease(-1, {}, wait);
+  if (!slots) return error_of(std::move(slots));
+  if (slots->empty()) return std::optional<Slot>();
+  return Slot(std::move(slots->front()));
+}
+
+Result<std::vector<Slot>> ResultSet::lease_batch(std::uint32_t count, Milliseconds wait) {
+  auto slots = impl_->lease(-1, {.count = count}, wait);
+  if (!slots) return error_of(std::move(slots));
+  std::vector<Slot> out;
+  for (auto& slot : *slots) out.push_back(Slot(std::move(slot)));
+  return out;
 }
 
 Result<Slot> ResultSet::lease_slot(std::uint64_t index) {
@@ -228,11 +425,93 @@ Result<Slot> ResultSet::lease_slot(std::uint64_t index) {
     return fail(Errc::not_found,
                 fmt::format("there is no slot {}; result set {} has {}", index, printable(name()), slots()));
   }
-  auto slot = impl_->lease(static_cast<std::int64_t>(index), Milliseconds{0});
-  if (!slot) return error_of(std::move(slot));
-  COWMGR_ASSERT(*slot != nullptr);  // a slot that was asked for by its index is leased or refused
-  return Slot(*std::move(slot));
+  auto taken = impl_->lease(static_cast<std::int64_t>(index), {}, Milliseconds{0});
+  if (!taken) return error_of(std::move(taken));
+  COWMGR_ASSERT(!taken->empty());  // a slot that was asked for by its index is leased or refused
+  return Slot(std::move(taken->front()));
 }
+
+namespace {
+
+Result<void> run(const ResultSet::Task& task, Slot& slot) {
+  try {
+    return task(slot);
+  } catch (const std::exception& error) {
+    return fail(Errc::slot_failed, error.what());
+  }
+}
+
+// Slots that were not taken although they are still held, as when their memory cannot be sealed.
+void fail_refused(detail::Slots& done, const detail::ResultSetImpl::Committed& committed) {
+  for (const auto& refusal : committed.refused) {
+    const auto at = std::find_if(done.begin(), done.end(),
+                                 [&](const auto& slot) { return slot->index() == refusal.slot; });
+    if (at != done.end() && (*at)->check_usable()) (void)(*at)->set()->fail(**at, refusal.error.message);
+  }
+}
+
+// How many slots to take at once, from how long the last ones took.
+class BatchSize {
+ public:
+  explicit BatchSize(const WorkOptions& options) : fixed_(options.batch) {}
+  [[nodiscard]] detail::ResultSetImpl::Batch next() const {
+    return {.count = fixed_ > 0 ? fixed_ : count_, .is_shared = fixed_ == 0};
+  }
+  void learn(std::size_t slots, std::chrono::nanoseconds took) {
+    const auto each = std::max<std::int64_t>(took.count() / static_cast<std::int64_t>(slots), 1);
+    const auto fitting =
+        std::min<std::int64_t>(std::chrono::nanoseconds(kBatchTime).count() / each, kMostAtOnce);
+    count_ = std::clamp<std::uint32_t>(static_cast<std::uint32_t>(fitting), 1, count_ * 2);
+  }
+
+ private:
+  std::uint32_t fixed_;
+  std::uint32_t count_ = 1;
+};
+
+}  // namespace
+
+Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& options) {
+  BatchSize size(options);
+  std::uint64_t total = 0;
+  auto todo = impl_->lease(-1, size.next(), kForever);
+  while (todo && !todo->empty()) {
+    detail::Slots done;
+    std::size_t done_bytes = 0;
+    const auto commit = [&](const detail::ResultSetImpl::Batch& next) {
+      auto committed = impl_->commit(done, next);
+      if (committed) total += done.size() - committed->refused.size();
+      if (committed) fail_refused(done, *committed);
+      done.clear();
+      done_bytes = 0;
+      return committed;
+    };
+    const auto start = std::chrono::steady_clock::now();
+    for (auto& impl : *todo) {
+      Slot slot(std::move(impl));
+      if (const auto ok = run(task, slot); !ok) {
+        const auto failed = slot.fail(ok.error().message);
+        if (!failed && failed.error().code != Errc::not_holder) return error_of(failed);
+        continue;
+      }
+      if (!slot.impl_->check_usable()) continue;  // the task has ended it itself
+      if (done_bytes + slot.impl_->value().size() > kMaxBatchBytes && !done.empty()) {
+        if (const auto committed = commit({.count = 0}); !committed) return error_of(committed);
+      }
+      done_bytes += slot.impl_->value().size();
+      done.push_back(std::move(slot.impl_));
+    }
+    size.learn(todo->size(), std::chrono::steady_clock::now() - start);
+    auto committed = commit(size.next());
+    if (!committed) return error_of(std::move(committed));
+    todo = std::move(committed->next);
+    if (todo->empty()) todo = impl_->lease(-1, size.next(), kForever);
+  }
+  if (!todo) return error_of(std::move(todo));
+  return total;
+}
+
+// ---- ResultSet: for who waits ----
 
 namespace {
 
@@ -244,27 +523,145 @@ Error unfinished(const ResultsInfo& info) {
   return {Errc::timed_out,
           fmt::format("result set {} is not finished: {} of {} slots committed, {} leased, {} free{}",
                       printable(info.name), info.committed, info.slots, info.leased, info.free,
-                      who.empty() ? "" : "; mapped for writing by " + who)};
+                      who.empty() ? "" : "; its workers are " + who)};
 }
 
 }  // namespace
 
-Result<Array> ResultSet::wait(Milliseconds wait, const std::function<void(const ResultsInfo&)>& progress) {
+Result<ResultsInfo> ResultSet::info() const {
+  return impl_->ask({});
+}
+
+Result<void> ResultSet::wait_settled(Milliseconds wait, const OnProgress& progress) {
   const detail::Patience patience(wait);
   std::uint64_t seen = 0;
   for (;;) {
-    const auto info = impl_->ask(seen, patience.next_ms());
+    const std::uint32_t wait_ms = patience.next_ms();
+    const auto info = impl_->ask({.seen = seen,
+                                  .wait_ms = wait_ms,
+                                  .pace_ms = progress && seen > 0 ? kPaceMs
+                                             : progress           ? 0
+                                                                  : wait_ms});
     if (!info) return error_of(info);
     if (progress && info->revision != seen) progress(*info);
     seen = info->revision;
-    if (info->state == ResultsState::failed) return fail(Errc::slot_failed, info->message);
-    if (info->state == ResultsState::done) break;
-    if (patience.is_over()) return tl::unexpected(unfinished(*info));
+    switch (info->state) {
+      case ResultsState::done:
+        return {};
+      case ResultsState::failed:
+        return fail(Errc::slot_failed, info->message);
+      case ResultsState::cancelled:
+        return fail(Errc::cancelled, fmt::format("result set {} was cancelled", printable(name())));
+      default:
+        if (patience.is_over()) return tl::unexpected(unfinished(*info));
+    }
   }
-  auto arrays = impl_->attach();
+}
+
+Result<Array> ResultSet::wait(Milliseconds wait, const OnProgress& progress) {
+  if (is_ragged())
+    return fail(Errc::invalid_argument,
+                "a ragged set is no array: wait_settled(), and read its slots one by one");
+  if (auto ok = wait_settled(wait, progress); !ok) return error_of(std::move(ok));
+  auto arrays = impl_->attach({impl_->info().id});
   if (!arrays) return error_of(std::move(arrays));
-  if (arrays->size() != 1) return fail(Errc::protocol_error, "the daemon's answer to an attach is malformed");
   return Array(std::move(arrays->front()));
+}
+
+Result<std::optional<std::uint64_t>> ResultSet::settled_at(std::uint64_t rank, Milliseconds wait) const {
+  const detail::Patience patience(wait);
+  while (impl_->table().settled() <= rank) {
+    const bool is_last = patience.is_over();
+    const auto info = impl_->ask({.settled = rank, .wait_ms = patience.next_ms()});
+    if (!info) return error_of(info);
+    if (impl_->table().settled() > rank) break;
+    if (info->state != ResultsState::running && info->state != ResultsState::sealing)
+      return std::optional<std::uint64_t>();
+    if (is_last) return tl::unexpected(unfinished(*info));
+  }
+  return impl_->table().settled_at(rank);
+}
+
+Result<SlotInfo> ResultSet::wait_slot(std::uint64_t index, Milliseconds wait) const {
+  const detail::Patience patience(wait);
+  for (;;) {
+    const std::uint64_t settled = impl_->table().settled();
+    SlotInfo now = slot(index);
+    if (now.content != SlotContent::none) return now;
+    const bool is_last = patience.is_over();
+    const auto info = impl_->ask({.settled = settled, .wait_ms = patience.next_ms()});
+    if (!info) return error_of(info);
+    now = slot(index);
+    if (now.content != SlotContent::none) return now;
+    if (info->state == ResultsState::cancelled)
+      return fail(Errc::cancelled, fmt::format("result set {} was cancelled", printable(name())));
+    if (is_last) return tl::unexpected(unfinished(*info));
+  }
+}
+
+// ---- ResultSet: reading ----
+
+SlotInfo ResultSet::slot(std::uint64_t index) const {
+  COWMGR_ASSERT(index < slots());
+  const SlotSnapshot held = impl_->table().slot(index);
+  SlotInfo info{.index = index,
+                .state = held.state,
+                .content = held.content,
+                .attempt = held.attempt,
+                .session = held.holder,
+                .since = SystemTime(std::chrono::microseconds(held.since_us)),
+                .size_bytes = held.size_bytes};
+  if (held.content == SlotContent::array) info.array_id = held.place;
+  if (held.content == SlotContent::reason) {
+    const auto text = impl_->table().value(held);
+    info.reason.assign(reinterpret_cast<const char*>(text.data()), text.size());
+  }
+  return info;
+}
+
+namespace {
+
+Error holds_no(std::string_view what, const SlotInfo& slot) {
+  if (slot.state == SlotState::failed)
+    return {Errc::slot_failed, fmt::format("slot {} failed: {}", slot.index, slot.reason)};
+  if (slot.state != SlotState::committed)
+    return {Errc::not_found, fmt::format("slot {} is not committed yet", slot.index)};
+  return {Errc::not_found, fmt::format("slot {} holds no {}", slot.index, what)};
+}
+
+}  // namespace
+
+Result<std::span<const std::byte>> ResultSet::value(std::uint64_t index) const {
+  const SlotSnapshot held = impl_->table().slot(index);
+  if (held.content != SlotContent::value) return tl::unexpected(holds_no("value", slot(index)));
+  return impl_->table().value(held);
+}
+
+Result<Array> ResultSet::array(std::uint64_t index) const {
+  auto arrays = this->arrays(std::span(&index, 1));
+  if (!arrays) return error_of(std::move(arrays));
+  return std::move(arrays->front());
+}
+
+Result<std::vector<Array>> ResultSet::arrays(std::span<const std::uint64_t> indexes) const {
+  std::vector<Array> out;
+  out.reserve(indexes.size());
+  for (std::size_t first = 0; first < indexes.size(); first += kMaxFrameFds) {
+    std::vector<std::uint64_t> ids;
+    for (const std::uint64_t index : indexes.subspan(first, std::min(kMaxFrameFds, indexes.size() - first))) {
+      const SlotInfo held = slot(index);
+      if (held.content != SlotContent::array) return tl::unexpected(holds_no("array", held));
+      ids.push_back(held.array_id);
+    }
+    auto arrays = impl_->attach(std::move(ids));
+    if (!arrays) return error_of(std::move(arrays));
+    for (auto& array : *arrays) out.push_back(Array(std::move(array)));
+  }
+  return out;
+}
+
+Result<void> ResultSet::cancel() const {
+  return impl_->cancel();
 }
 
 }  // namespace cowmgr

@@ -1,6 +1,8 @@
 #include "daemon/channel.hpp"
 
 #include <array>
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -36,42 +38,57 @@ asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
       co_return false;
     }
     if (*received) {
+      if (leaves_descriptors_unread()) {
+        spdlog::debug("a connection is closed: it asks again before it has taken what it was sent");
+        co_return false;
+      }
       frame.assign((*received)->bytes.begin(), (*received)->bytes.end());
       co_return true;
     }
   }
 }
 
-asio::awaitable<bool> Channel::send(std::span<const std::byte> bytes, std::span<const int> fds) {
+// Descriptors in sockets count against this user (unix(7)): a peer that asks and never reads would use up
+// what all others need.
+bool Channel::leaves_descriptors_unread() {
+  int unread_bytes = 0;
+  return has_sent_descriptors_ && ::ioctl(socket_.native_handle(), SIOCOUTQ, &unread_bytes) == 0 &&
+         unread_bytes > 0;
+}
+
+asio::awaitable<Channel::Sent> Channel::send(std::span<const std::byte> bytes, std::span<const int> fds) {
+  has_sent_descriptors_ = !fds.empty();
   const auto sent = send_frame(socket_.native_handle(), bytes, fds);
   if (!sent) {
-    if (sent.error().code != Errc::disconnected)
-      spdlog::warn("a reply could not be sent: {}", sent.error().message);
-    co_return false;
+    if (sent.error().code == Errc::disconnected) co_return Sent::connection_ended;
+    spdlog::warn("a reply could not be sent: {}", sent.error().message);
+    co_return fds.empty() ? Sent::connection_ended : Sent::too_many_descriptors;
   }
-  if (*sent) co_return true;  // not `||`: gcc 12 awaits the right side of it all the same
+  if (*sent) co_return Sent::yes;  // not `||`: gcc 12 awaits the right side of it all the same
   co_return co_await send_late(bytes, fds);
 }
 
 // The socket is full: the peer does not read. What `fds` name may be closed while we wait, and the numbers be
 // given to other files, so the wait needs descriptors of its own.
-asio::awaitable<bool> Channel::send_late(std::span<const std::byte> bytes, std::span<const int> fds) {
+asio::awaitable<Channel::Sent> Channel::send_late(std::span<const std::byte> bytes,
+                                                  std::span<const int> fds) {
   std::vector<UniqueFd> owned;
   std::vector<int> numbers;
   for (const int fd : fds) {
     owned.emplace_back(::dup(fd));
     numbers.push_back(owned.back().get());
-    if (!owned.back()) co_return false;
+    if (!owned.back()) co_return Sent::too_many_descriptors;
   }
   for (;;) {
     const auto [error] = co_await socket_.async_wait(asio::posix::stream_descriptor::wait_write, kAwait);
-    if (error) co_return false;
+    if (error) co_return Sent::connection_ended;
     const auto sent = send_frame(socket_.native_handle(), bytes, numbers);
-    if (!sent || *sent) co_return sent.has_value();
+    if (sent && *sent) co_return Sent::yes;
+    if (!sent) co_return Sent::connection_ended;
   }
 }
 
-asio::awaitable<Channel::Woken> Channel::wait_change(const std::string& key, Deadline deadline) {
+asio::awaitable<Channel::Woken> Channel::wait_change(const WaitKey& key, Deadline deadline) {
   using asio::experimental::awaitable_operators::operator||;
   asio::steady_timer timer(core_.io, deadline);
   const WaitList::Entry entry(core_.waits, key, timer);

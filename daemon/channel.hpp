@@ -26,21 +26,26 @@ class Channel {
   // False when the connection ended or broke the protocol.
   [[nodiscard]] asio::awaitable<bool> receive(std::vector<std::byte>& frame);
 
-  // Sends one frame with its descriptors, waiting for room if need be. False when the connection ended.
-  [[nodiscard]] asio::awaitable<bool> send(std::span<const std::byte> bytes, std::span<const int> fds);
+  enum class Sent { yes, connection_ended, too_many_descriptors };
+  // Sends one frame with its descriptors, waiting for room if need be. The kernel refuses descriptors when
+  // too many of this user are on their way through sockets already (unix(7), ETOOMANYREFS): nothing was sent
+  // then.
+  [[nodiscard]] asio::awaitable<Sent> send(std::span<const std::byte> bytes, std::span<const int> fds);
 
   enum class Woken { changed, deadline, peer_gone };
   // Waits for WaitList::wake(key), or the deadline. A peer that goes, or speaks out of turn, ends the wait.
-  [[nodiscard]] asio::awaitable<Woken> wait_change(const std::string& key, Deadline deadline);
+  [[nodiscard]] asio::awaitable<Woken> wait_change(const WaitKey& key, Deadline deadline);
 
   // Makes every operation under way, and every later one, report the end of the connection.
   void shutdown() noexcept;
 
  private:
-  [[nodiscard]] asio::awaitable<bool> send_late(std::span<const std::byte> bytes, std::span<const int> fds);
+  [[nodiscard]] bool leaves_descriptors_unread();
+  [[nodiscard]] asio::awaitable<Sent> send_late(std::span<const std::byte> bytes, std::span<const int> fds);
 
   Core& core_;
   asio::posix::stream_descriptor socket_;
+  bool has_sent_descriptors_ = false;  // with the last frame
 };
 
 }  // namespace cowmgr

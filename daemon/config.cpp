@@ -17,7 +17,7 @@ namespace {
 
 constexpr const char* kDescription =
     "Holds large arrays in shared memory and hands them to any number of processes, without copies.\n"
-    "Runs in the foreground until SIGTERM or SIGINT; its arrays go with it.";
+    "Runs in the foreground until SIGTERM, SIGINT or SIGHUP; its arrays go with it.";
 
 constexpr const char* kFooter =
     "Precedence: flag, environment, configuration file, default. The file holds lines such as\n"
@@ -72,7 +72,7 @@ void add_options(CLI::App& app, Config& config, std::string& protection) {
       ->transform(instance_text())
       ->capture_default_str();
   app.add_option("--capacity", config.capacity_bytes,
-                 "Memory for all arrays together, as 4GiB [80 % of /dev/shm]")
+                 "Memory for all arrays together, as 4GiB; 0: the default [80 % of /dev/shm]")
       ->envname("COWMGR_CAPACITY")
       ->transform(size_text());
   app.add_option("--log-level", config.log_level, "What is logged to standard error")
@@ -119,6 +119,7 @@ std::optional<int> parse_config(int argc, char** argv, Config& config) {
   config.socket = default_socket();
   app.set_version_flag("--version", fmt::format("cowmgr {}", kVersion));
   app.set_config("--config", "", "Read options from FILE")->type_name("FILE");
+  app.allow_config_extras(CLI::config_extras_mode::error);
   app.footer(kFooter);
   add_options(app, config, protection);
   try {

@@ -1,6 +1,7 @@
 #include "daemon/core.hpp"
 
 #include <algorithm>
+#include <span>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -13,8 +14,9 @@
 namespace cowmgr {
 namespace {
 
-constexpr std::size_t kPoolThreads = 2;  // one may zero gigabytes while the other gives some back
-constexpr int kPoolNice = 10;            // the loop answers first
+constexpr std::size_t kNamedWriters = 8;  // in a message
+constexpr std::size_t kPoolThreads = 2;   // one may zero gigabytes while the other gives some back
+constexpr int kPoolNice = 10;             // the loop answers first
 
 // A dying process gives its mappings back a moment after its socket ended: the first refusals mean nothing.
 constexpr auto kFirstRetry = std::chrono::milliseconds(1);
@@ -23,7 +25,7 @@ constexpr auto kLongestRetry = std::chrono::milliseconds(500);
 
 }  // namespace
 
-void WaitList::wake(const std::string& key) {
+void WaitList::wake(const WaitKey& key) {
   const auto [begin, end] = timers_.equal_range(key);
   for (auto at = begin; at != end; ++at) at->second->cancel();
 }
@@ -32,10 +34,14 @@ Core::Core(asio::io_context& io_context, const Config& options, const ShmEnv& sh
     : io(io_context),
       config(options),
       env(shm),
-      store(shm, {.capacity_bytes = options.capacity_bytes, .quota = options.quota, .admin = ::geteuid()}),
+      store(shm, {.capacity_bytes = options.capacity_bytes,
+                  .quota = options.quota,
+                  .admin = ::geteuid(),
+                  .first_id = random_id() + 1}),
       results(store, ::geteuid()),
       started(now()),
-      pool_(kPoolThreads) {}
+      pool_(kPoolThreads),
+      lease_end_(io_context) {}
 
 Core::~Core() {
   pool_.join();
@@ -52,12 +58,35 @@ void Core::yield_to_the_loop() {
 }
 
 void Core::wake_waiters() {
+  for (const ArrayId array : store.take_dropped()) results.forget_array(array);
   if (!results.finish_settled(now()).empty() && !is_retrying_) {
     is_retrying_ = true;
     asio::co_spawn(io, retry_seals(), asio::detached);
   }
-  for (const auto& name : store.take_changed_names()) waits.wake(array_key(name));
-  for (const ArrayId set : results.take_changed()) waits.wake(set_key(set));
+  using Topic = WaitKey::Topic;
+  for (auto& name : store.take_changed_names()) waits.wake({Topic::array_name, 0, std::move(name)});
+  for (const auto& [set, change] : results.take_changed()) {
+    waits.wake({Topic::set_changed, set});
+    if (change.has_ended) waits.wake({Topic::set_ended, set});
+    if (change.has_free || change.has_ended) waits.wake({Topic::slot_free, set});
+    if (change.is_settled || change.has_ended) waits.wake({Topic::slot_settled, set});
+  }
+  watch_lease_ends();
+}
+
+void Core::watch_lease_ends() {
+  const auto next = results.next_deadline();
+  if (next == lease_end_at_) return;
+  lease_end_at_ = next;
+  lease_end_.cancel();
+  if (!next) return;
+  lease_end_.expires_at(*next);
+  lease_end_.async_wait([this](const boost::system::error_code& error) {
+    if (error) return;
+    lease_end_at_.reset();
+    results.expire(moment());
+    settle();
+  });
 }
 
 void Core::settle() {
@@ -81,7 +110,7 @@ asio::awaitable<void> Core::reclaim(std::vector<Segment> garbage) {
   };
   co_await offload(std::move(work));
   store.reclaimed(size_bytes);
-  waits.wake(reclaim_key());
+  waits.wake({WaitKey::Topic::reclaimed});
 }
 
 asio::awaitable<void> Core::retry_seals() {
@@ -115,9 +144,10 @@ asio::awaitable<std::string> Core::writers_in_words(ArrayId id) {
   auto work = [this, segment] { return env.writers_of(*segment); };
   const auto holders = co_await offload(std::move(work));
   std::string text;
-  for (const auto& holder : holders) {
-    text += fmt::format("{}process {} ({})", text.empty() ? "" : ", ", holder.pid, holder.command);
+  for (const auto& holder : std::span(holders).first(std::min(holders.size(), kNamedWriters))) {
+    text += fmt::format("{}process {} ({})", text.empty() ? "" : ", ", holder.pid, printable(holder.command));
   }
+  if (holders.size() > kNamedWriters) text += fmt::format(" and {} more", holders.size() - kNamedWriters);
   co_return text.empty() ? "a process of another user, or a descriptor on its way through a socket" : text;
 }
 

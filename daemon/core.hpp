@@ -5,9 +5,11 @@
 #pragma once
 
 #include <chrono>
+#include <compare>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <unordered_map>
@@ -20,7 +22,6 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <boost/asio/use_awaitable.hpp>
-#include <fmt/format.h>
 
 #include "daemon/config.hpp"
 #include "daemon/results.hpp"
@@ -34,13 +35,22 @@ namespace asio = boost::asio;
 class Channel;
 class Session;
 
-// The coroutines that wait until something under a key changes. The key says what: see Core's key functions.
+// What a coroutine may wait for.
+struct WaitKey {
+  enum class Topic : std::uint8_t { array_name, set_changed, set_ended, slot_free, slot_settled, reclaimed };
+  Topic topic{};
+  ArrayId set = 0;
+  std::string name{};
+  friend auto operator<=>(const WaitKey&, const WaitKey&) = default;
+};
+
+// The coroutines that wait until something under a key changes, those that came first before the others.
 class WaitList {
  public:
   // Registers `timer` under `key` for as long as this object lives; wake() makes it expire.
   class Entry {
    public:
-    Entry(WaitList& list, const std::string& key, asio::steady_timer& timer)
+    Entry(WaitList& list, const WaitKey& key, asio::steady_timer& timer)
         : list_(list), at_(list.timers_.emplace(key, &timer)) {}
     Entry(const Entry&) = delete;
     Entry& operator=(const Entry&) = delete;
@@ -48,13 +58,13 @@ class WaitList {
 
    private:
     WaitList& list_;
-    std::multimap<std::string, asio::steady_timer*>::iterator at_;
+    std::multimap<WaitKey, asio::steady_timer*>::iterator at_;
   };
 
-  void wake(const std::string& key);
+  void wake(const WaitKey& key);
 
  private:
-  std::multimap<std::string, asio::steady_timer*> timers_;
+  std::multimap<WaitKey, asio::steady_timer*> timers_;
 };
 
 class Core {
@@ -65,9 +75,7 @@ class Core {
   Core& operator=(const Core&) = delete;
 
   [[nodiscard]] static Time now();
-  [[nodiscard]] static std::string array_key(std::string_view name) { return fmt::format("array {}", name); }
-  [[nodiscard]] static std::string set_key(ArrayId set) { return fmt::format("set {}", set); }
-  [[nodiscard]] static std::string reclaim_key() { return "reclaimed"; }
+  [[nodiscard]] static Moment moment() { return {now(), std::chrono::steady_clock::now()}; }
 
   // Runs `work` in the pool; resumes in the loop with what it returned.
   template <class Work>
@@ -83,6 +91,9 @@ class Core {
 
   // The processes that can still write to a segment, in words: "process 12 (worker), process 13 (worker)".
   [[nodiscard]] asio::awaitable<std::string> writers_in_words(ArrayId id);
+
+  // Ends what would keep the loop running.
+  void stop_timers() noexcept { lease_end_.cancel(); }
 
   // Somebody opened a sealed segment for writing.
   [[nodiscard]] asio::awaitable<void> report_tampering(int lease_fd);
@@ -109,9 +120,12 @@ class Core {
   void wake_waiters();
   [[nodiscard]] asio::awaitable<void> reclaim(std::vector<Segment> garbage);
   [[nodiscard]] asio::awaitable<void> retry_seals();
+  void watch_lease_ends();
 
   asio::thread_pool pool_;
   bool is_retrying_ = false;
+  asio::steady_timer lease_end_;      // of the slot's lease that ends first
+  std::optional<Tick> lease_end_at_;  // what it is set to
 };
 
 }  // namespace cowmgr

@@ -59,27 +59,33 @@ Result<UniqueFd> take_socket(const Config& config) {
         Errc::already_exists,
         fmt::format("{} exists and is not a socket; remove it, or choose another --socket", config.socket));
   }
-  if (const auto live = connect_to(config.socket); live || live.error().code != Errc::no_daemon) {
+  const auto live = connect_to(config.socket);
+  if (!live && live.error().code == Errc::invalid_argument) return error_of(live);
+  if (live || live.error().code != Errc::no_daemon) {
     return fail(Errc::busy, fmt::format("another program serves {}; choose another --socket", config.socket));
   }
   ::unlink(config.socket.c_str());
   return listen_at(config.socket, config.socket_mode);
 }
 
+tl::unexpected<Error> cannot_lock(const Error& error, const std::string& what, std::string_view flag) {
+  if (error.code == Errc::busy)
+    return fail(Errc::busy, fmt::format("{} is in use: {}; stop that daemon, or choose another {}", what,
+                                        error.message, flag));
+  return fail(error.code,
+              fmt::format("{} cannot be locked: {}; choose another {}", what, error.message, flag));
+}
+
 Result<void> serve_until_stopped(Config& config) {
   auto instance_lock = LockFile::acquire(fmt::format("/dev/shm/cowmgr.{}.lock", config.instance));
   if (!instance_lock) {
-    return fail(instance_lock.error().code,
-                fmt::format("instance '{}' is in use: {}; stop that daemon, or choose another --instance",
-                            config.instance, instance_lock.error().message));
+    return cannot_lock(instance_lock.error(), fmt::format("instance '{}'", config.instance), "--instance");
   }
   std::error_code ignored;
   std::filesystem::create_directories(std::filesystem::path(config.socket).parent_path(), ignored);
   auto socket_lock = LockFile::acquire(config.socket + ".lock");
   if (!socket_lock) {
-    return fail(socket_lock.error().code,
-                fmt::format("socket {} is in use: {}; stop that daemon, or choose another --socket",
-                            config.socket, socket_lock.error().message));
+    return cannot_lock(socket_lock.error(), fmt::format("socket {}", config.socket), "--socket");
   }
   const ShmEnv env(config.instance, lease_signal());
   if (!env.has_leases()) {
@@ -91,12 +97,16 @@ Result<void> serve_until_stopped(Config& config) {
         "advisory)");
   }
   if (const auto removed = env.remove_leftovers(); removed > 0) {
-    spdlog::warn("removed {} segments of a daemon of instance '{}' that did not stop by itself", removed,
+    spdlog::warn("removed {} segment(s) of a daemon of instance '{}' that did not stop by itself", removed,
                  config.instance);
   }
   if (config.capacity_bytes == 0) {
     config.capacity_bytes =
         static_cast<std::uint64_t>(static_cast<double>(env.space().total_bytes) * kDefaultShare);
+  }
+  if (config.capacity_bytes > env.space().total_bytes) {
+    spdlog::warn("the capacity of {} is more than /dev/shm can hold ({})", format_size(config.capacity_bytes),
+                 format_size(env.space().total_bytes));
   }
   auto listener = take_socket(config);
   if (!listener) return error_of(std::move(listener));
@@ -125,6 +135,7 @@ int main(int argc, char** argv) {
   cowmgr::set_up_log(config);
   cowmgr::raise_descriptor_limit();
   cowmgr::block_lease_signal();
+  std::signal(SIGIO, SIG_IGN);  // what the kernel sends for a broken lease when its queue of signals is full
   std::signal(SIGPIPE, SIG_IGN);  // whoever read the log, or started an embedded daemon, may be gone
   const auto ok = cowmgr::serve_until_stopped(config);
   // An embedded daemon's directory is its own; it goes once the lock file in it has gone.

@@ -32,4 +32,8 @@ enum class Right : std::uint32_t { write = 02, read = 04 };
 // `admin` is the daemon's own user; it and root may do everything.
 [[nodiscard]] bool is_allowed(const Peer& peer, const Ownership& owned, Right right, uid_t admin) noexcept;
 
+// What became of a process whose connection ended, in words: "process 12 was killed by signal 9 (Killed)",
+// "process 12 exited with 3", "process 12 went away". As far as /proc still tells (proc(5)).
+[[nodiscard]] std::string end_of(pid_t pid);
+
 }  // namespace cowmgr

@@ -8,30 +8,43 @@ namespace cowmgr {
 
 Result<void> Quota::charge_array(uid_t uid, std::uint64_t size_bytes) {
   const auto at = uses_.find(uid);
-  const Use use = at == uses_.end() ? Use{} : at->second;
-  if (use.arrays >= limits_.owner_arrays) {
+  const std::uint32_t arrays = at == uses_.end() ? 0 : at->second.arrays;
+  if (arrays >= limits_.owner_arrays) {
     return fail(
         Errc::quota_exceeded,
         fmt::format("user {} holds {} arrays, as many as one user may; evict some, or raise --owner-arrays",
-                    uid, use.arrays));
+                    uid, arrays));
   }
-  if (size_bytes > limits_.owner_bytes || use.size_bytes > limits_.owner_bytes - size_bytes) {
+  if (auto ok = charge_bytes(uid, size_bytes); !ok) return ok;
+  ++uses_[uid].arrays;
+  return {};
+}
+
+Result<void> Quota::charge_bytes(uid_t uid, std::uint64_t size_bytes) {
+  const auto at = uses_.find(uid);
+  const std::uint64_t held_bytes = at == uses_.end() ? 0 : at->second.size_bytes;
+  if (size_bytes > limits_.owner_bytes || held_bytes > limits_.owner_bytes - size_bytes) {
     return fail(
         Errc::quota_exceeded,
         fmt::format(
             "this needs {}; user {} holds {} of the {} that one user may; evict some, or raise --owner-bytes",
-            format_size(size_bytes), uid, format_size(use.size_bytes), format_size(limits_.owner_bytes)));
+            format_size(size_bytes), uid, format_size(held_bytes), format_size(limits_.owner_bytes)));
   }
-  Use& charged = uses_[uid];
-  charged.size_bytes += size_bytes;
-  ++charged.arrays;
+  uses_[uid].size_bytes += size_bytes;
   return {};
 }
 
-void Quota::release_array(uid_t uid, std::uint64_t size_bytes) noexcept {
+void Quota::release_bytes(uid_t uid, std::uint64_t size_bytes) noexcept {
   Use& use = uses_[uid];
-  COWMGR_ASSERT(use.arrays > 0 && use.size_bytes >= size_bytes);
+  COWMGR_ASSERT(use.size_bytes >= size_bytes);
   use.size_bytes -= size_bytes;
+  forget_if_unused(uid);
+}
+
+void Quota::release_array(uid_t uid, std::uint64_t size_bytes) noexcept {
+  release_bytes(uid, size_bytes);
+  Use& use = uses_[uid];
+  COWMGR_ASSERT(use.arrays > 0);
   --use.arrays;
   forget_if_unused(uid);
 }
@@ -59,7 +72,7 @@ void Quota::release_session(uid_t uid) noexcept {
 
 void Quota::forget_if_unused(uid_t uid) noexcept {
   const Use& use = uses_[uid];
-  if (use.arrays == 0 && use.sessions == 0) uses_.erase(uid);
+  if (use.arrays == 0 && use.sessions == 0 && use.size_bytes == 0) uses_.erase(uid);
 }
 
 }  // namespace cowmgr

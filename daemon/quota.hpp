@@ -22,6 +22,9 @@ class Quota {
   explicit Quota(const QuotaLimits& limits) : limits_(limits) {}
 
   [[nodiscard]] Result<void> charge_array(uid_t uid, std::uint64_t size_bytes);
+  // An array, or what is counted as one, grows.
+  [[nodiscard]] Result<void> charge_bytes(uid_t uid, std::uint64_t size_bytes);
+  void release_bytes(uid_t uid, std::uint64_t size_bytes) noexcept;
   void release_array(uid_t uid, std::uint64_t size_bytes) noexcept;
   [[nodiscard]] Result<void> charge_session(uid_t uid);
   void release_session(uid_t uid) noexcept;

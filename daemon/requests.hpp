@@ -14,8 +14,10 @@ struct Call {
   Core& core;
   Channel& channel;
   std::shared_ptr<Session> session;
-  Builder& builder;      // where the reply is built
-  std::vector<int> fds;  // that go with the reply; borrowed
+  Builder& builder;              // where the reply is built
+  std::vector<int> fds;          // that go with the reply; borrowed
+  std::vector<ArrayId> views{};  // that the reply brings
+  bool peer_is_gone = false;     // or broke the protocol while it waited: the connection is to be closed
 };
 
 // The body of a reply; `none` for requests that have no reply.
@@ -23,6 +25,61 @@ struct Reply {
   wire::ReplyBody type = wire::ReplyBody::NONE;
   Offset<void> body;
 };
+
+using Answer = asio::awaitable<Result<Reply>>;
+
+template <class Table>
+[[nodiscard]] Reply reply_of(Offset<Table> body) {
+  return {wire::ReplyBodyTraits<Table>::enum_value, body.Union()};
+}
+[[nodiscard]] inline Reply done(Call& call) {
+  return reply_of(wire::CreateDone(call.builder));
+}
+[[nodiscard]] inline tl::unexpected<Error> peer_gone(Call& call) {
+  call.peer_is_gone = true;
+  return fail(Errc::disconnected, "the peer went away");
+}
+[[nodiscard]] inline Deadline deadline_after(std::uint32_t wait_ms) {
+  return std::chrono::steady_clock::now() + std::chrono::milliseconds(wait_ms);
+}
+
+inline constexpr std::size_t kPageItems = 512;             // of one listing at most
+inline constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is closed: an item may take 20 KiB
+inline constexpr std::size_t kMaxPatternBytes =
+    512;  // of a glob: a name has 255, twice that with a backslash each
+
+// Tries until there is room: waits while memory is being given back. `reserve` returns a Result<T>.
+template <class Reserve>
+[[nodiscard]] asio::awaitable<std::invoke_result_t<Reserve>> when_there_is_room(Call& call, Reserve reserve) {
+  Core& core = call.core;
+  const WaitKey key{
+      WaitKey::Topic::reclaimed};  // not in the co_await: gcc 12 destroys temporaries there twice
+  auto reserved = reserve();
+  while (!reserved && reserved.error().code == Errc::out_of_memory && core.store.reclaiming_bytes() > 0) {
+    co_await core.settle_and_reclaim();
+    auto woken = Channel::Woken::changed;
+    if (core.store.reclaiming_bytes() > 0) woken = co_await call.channel.wait_change(key, Deadline::max());
+    if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);
+    reserved = reserve();
+  }
+  core.settle();
+  co_return reserved;
+}
+
+// The capacity had room, the file system that the segments lie in has not: something else fills it.
+[[nodiscard]] tl::unexpected<Error> shm_is_full(const Core& core, std::uint64_t size_bytes);
+
+// An array being written, backed by memory.
+[[nodiscard]] asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call,
+                                                                     const CreateRequest& request);
+// The reply to who shall write it.
+[[nodiscard]] Reply created_reply(Call& call, const ArrayRecord& record);
+// Seals, waiting a moment for the kernel to forget a mapping that was just given up. Errors: as Store::seal,
+// and still_writable, which names who can write.
+[[nodiscard]] asio::awaitable<Result<void>> seal(Call& call, ArrayId id, bool keep_view);
+
+[[nodiscard]] std::size_t page_limit(std::uint32_t asked);
+[[nodiscard]] std::string pattern_of(const flatbuffers::String* pattern);
 
 // Carries out `request`, which has been verified. The frame that it lies in must outlive the coroutine.
 [[nodiscard]] asio::awaitable<Result<Reply>> answer(Call& call, const wire::Request& request);

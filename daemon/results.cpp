@@ -12,147 +12,100 @@ namespace {
 
 using SetState = ResultSetRecord::State;
 
+constexpr std::uint64_t kReasonBytes = 4096;  // of a failed slot, in a set without values
+// A worker that asks for its share gets one in so many of what is left for each: small shares at the end.
+constexpr std::uint64_t kShares = 2;
+
 tl::unexpected<Error> refuse(Errc code, std::string message) {
   return cowmgr::fail(code, std::move(message));
 }
 
 tl::unexpected<Error> no_such_set(std::string_view name) {
-  return refuse(
-      Errc::not_found,
-      fmt::format("there is no result set {}; it goes with the process that made it, unless it is done",
-                  printable(name)));
+  return refuse(Errc::not_found, fmt::format("there is no result set {}; it goes with the process that made "
+                                             "it, unless it is detached or done",
+                                             printable(name)));
+}
+
+tl::unexpected<Error> not_yours(const ResultSetRecord& set, std::string_view what) {
+  return refuse(Errc::permission_denied,
+                fmt::format("result set {} belongs to user {} with mode {:04o}, which does not let you {}",
+                            printable(set.name), set.owner.uid, set.owner.mode, what));
 }
 
 }  // namespace
 
-// ---- The slots of one set ----
+// ---- Making and finding ----
 
-SlotTable::SlotTable(std::uint64_t rows, std::uint64_t slots) : rows_(rows), slots_(slots) {
-  for (SlotIndex slot = 0; slot < slots; ++slot) free_.insert(free_.end(), slot);
-}
-
-std::optional<SlotTable::Lease> SlotTable::lease_any(SessionId session) {
-  if (free_.empty()) return std::nullopt;
-  return take(session, *free_.begin());
-}
-
-Result<SlotTable::Lease> SlotTable::lease(SessionId session, SlotIndex slot) {
-  if (slot >= size())
-    return refuse(Errc::not_found, fmt::format("there is no slot {}; the set has {}", slot, size()));
-  switch (slots_[slot].state) {
-    case State::leased:
-      return refuse(Errc::busy, fmt::format("slot {} is leased", slot));
-    case State::committed:
-      return refuse(Errc::already_committed, fmt::format("slot {} is committed", slot));
-    case State::failed:
-      return refuse(Errc::slot_failed, fmt::format("slot {} failed", slot));
-    default:
-      return take(session, slot);
+Result<void> ResultSets::check(const CreateRequest& request, const ResultTerms& terms) {
+  if (terms.slots == 0 || terms.slots > kMaxSlots) {
+    return refuse(Errc::invalid_argument,
+                  fmt::format("a result set has 1 to {} slots, not {}", kMaxSlots, terms.slots));
   }
-}
-
-// Rows are split as numpy.array_split does: the first rows % slots slots have one row more than the others.
-SlotTable::Lease SlotTable::take(SessionId session, SlotIndex slot) {
-  free_.erase(slot);
-  holders_[session].insert(slot);
-  Slot& taken = slots_[slot];
-  taken.state = State::leased;
-  taken.holder = session;
-  ++taken.attempt;
-  const std::uint64_t base = rows_ / size();
-  const std::uint64_t longer = rows_ % size();
-  const std::uint64_t begin = slot * base + std::min(slot, longer);
-  return {slot, taken.attempt, begin, begin + base + (slot < longer ? 1 : 0)};
-}
-
-Result<void> SlotTable::check_holder(SessionId session, SlotIndex slot) const {
-  if (slot >= size())
-    return refuse(Errc::not_found, fmt::format("there is no slot {}; the set has {}", slot, size()));
-  const Slot& held = slots_[slot];
-  if (held.state == State::committed)
-    return refuse(Errc::already_committed, fmt::format("slot {} is committed already", slot));
-  if (held.state == State::failed)
-    return refuse(Errc::slot_failed, fmt::format("slot {} failed already", slot));
-  if (held.state == State::leased && held.holder == session) return {};
-  return refuse(Errc::not_holder, fmt::format("slot {} is not leased to this session; lease it first", slot));
-}
-
-void SlotTable::settle(SlotIndex slot, State state) {
-  Slot& held = slots_[slot];
-  const auto holder = holders_.find(held.holder);
-  holder->second.erase(slot);
-  if (holder->second.empty()) holders_.erase(holder);
-  held.state = state;
-  held.holder = 0;
-}
-
-Result<void> SlotTable::commit(SessionId session, SlotIndex slot) {
-  if (auto ok = check_holder(session, slot); !ok) return ok;
-  settle(slot, State::committed);
-  ++committed_;
-  return {};
-}
-
-Result<void> SlotTable::fail(SessionId session, SlotIndex slot) {
-  if (auto ok = check_holder(session, slot); !ok) return ok;
-  settle(slot, State::failed);
-  ++failed_;
-  return {};
-}
-
-Result<void> SlotTable::give_back(SessionId session, SlotIndex slot) {
-  if (auto ok = check_holder(session, slot); !ok) return ok;
-  settle(slot, State::free);
-  free_.insert(slot);
-  return {};
-}
-
-std::size_t SlotTable::give_back_all(SessionId session) {
-  const auto node = holders_.extract(session);
-  if (node.empty()) return 0;
-  for (const SlotIndex slot : node.mapped()) {
-    slots_[slot].state = State::free;
-    slots_[slot].holder = 0;
-    free_.insert(slot);
-  }
-  return node.mapped().size();
-}
-
-std::uint32_t SlotTable::leases_of(SessionId session) const {
-  const auto at = holders_.find(session);
-  return at == holders_.end() ? 0 : static_cast<std::uint32_t>(at->second.size());
-}
-
-// ---- The sets ----
-
-Result<void> ResultSets::check(const ArraySpec& spec, std::uint64_t slots) {
-  if (spec.shape.empty()) {
+  if (terms.is_ragged) return check_name(fmt::format("{}/{}", request.name, terms.slots - 1));
+  if (request.spec.shape.empty()) {
     return refuse(Errc::invalid_shape, "a result set needs a first axis, whose rows are split into slots");
   }
-  if (spec.order != Order::c) {
+  if (request.spec.order != Order::c) {
     return refuse(Errc::invalid_argument,
                   "a result set has C order, so that the rows of a slot lie together");
   }
-  if (slots == 0 || slots > kMaxSlots) {
-    return refuse(Errc::invalid_argument,
-                  fmt::format("a result set has 1 to {} slots, not {}", kMaxSlots, slots));
+  return {};
+}
+
+Result<void> ResultSets::check_name_is_free(SessionId session, const std::string& name, bool replace) const {
+  for (const auto& [id, set] : sets_) {
+    // The name of a dense set is its array's, which the store looks after.
+    if (set.name != name || (!set.terms.is_ragged && !set.is_open())) continue;
+    if (!replace)
+      return refuse(Errc::already_exists,
+                    fmt::format("result set {} exists; cancel it, or ask to replace it", printable(name)));
+    if (!may(session, set, Right::write)) return not_yours(set, "replace it");
   }
   return {};
 }
 
-const ResultSetRecord& ResultSets::add(SessionId session, const ArrayRecord& array, std::uint64_t slots) {
-  const auto [at, is_new] =
-      sets_.try_emplace(array.id, ResultSetRecord{.id = array.id,
-                                                  .name = array.name,
-                                                  .spec = array.spec,
-                                                  .data_bytes = array.data_bytes,
-                                                  .owner = array.owner,
-                                                  .session = session,
-                                                  .owner_pid = array.writer_pid,
-                                                  .created = array.created,
-                                                  .table = SlotTable(array.spec.shape.front(), slots)});
+ResultLayout ResultSets::layout_of(const ResultTerms& terms) noexcept {
+  return result_layout(terms.slots, terms.is_ragged ? kMaxValueBytes : kReasonBytes);
+}
+
+const ResultSetRecord& ResultSets::add(ResultSetRecord set) {
+  const ArrayId id = set.id;
+  const auto [at, is_new] = sets_.try_emplace(id, std::move(set));
   COWMGR_ASSERT(is_new);
   return at->second;
+}
+
+const ResultSetRecord& ResultSets::add_dense(SessionId session, const ResultTerms& terms,
+                                             const ArrayRecord& array, SlotMemory memory) {
+  SlotTable table(memory.mapping.data(), terms.slots, memory.segment.size_bytes, terms.limits);
+  return add({.id = array.id,
+              .name = array.name,
+              .terms = terms,
+              .spec = array.spec,
+              .data_bytes = array.data_bytes,
+              .owner = array.owner,
+              .session = session,
+              .owner_pid = array.writer_pid,
+              .created = array.created,
+              .memory = std::move(memory),
+              .table = std::move(table)});
+}
+
+const ResultSetRecord& ResultSets::add_ragged(SessionId session, const ResultTerms& terms, ArrayId id,
+                                              const CreateRequest& request, SlotMemory memory, Time now) {
+  for (auto at = sets_.begin(); at != sets_.end();)
+    at = at->second.name == request.name && at->second.terms.is_ragged ? remove(at) : std::next(at);
+  const Peer& peer = store_.peer(session);
+  SlotTable table(memory.mapping.data(), terms.slots, memory.segment.size_bytes, terms.limits);
+  return add({.id = id,
+              .name = request.name,
+              .terms = terms,
+              .owner = {peer.uid, peer.gid, request.mode & 0777U},
+              .session = session,
+              .owner_pid = peer.pid,
+              .created = now,
+              .memory = std::move(memory),
+              .table = std::move(table)});
 }
 
 bool ResultSets::may(SessionId session, const ResultSetRecord& set, Right right) const {
@@ -168,16 +121,29 @@ Result<const ResultSetRecord*> ResultSets::open(SessionId session, std::string_v
   }
   if (newest == nullptr) return no_such_set(name);
   if (may(session, *newest, Right::write) || may(session, *newest, Right::read)) return newest;
-  return refuse(Errc::permission_denied, fmt::format("result set {} belongs to user {} with mode {:04o}",
-                                                     printable(name), newest->owner.uid, newest->owner.mode));
+  return not_yours(*newest, "see it");
 }
 
 Result<ResultSetRecord*> ResultSets::find(SessionId session, ArrayId set) {
   const auto at = sets_.find(set);
   if (at == sets_.end()) return no_such_set(fmt::format("#{}", set));
   if (may(session, at->second, Right::write) || may(session, at->second, Right::read)) return &at->second;
-  return refuse(Errc::permission_denied, fmt::format("result set {} belongs to user {}",
-                                                     printable(at->second.name), at->second.owner.uid));
+  return not_yours(at->second, "see it");
+}
+
+ResultSetRecord* ResultSets::get(ArrayId set) {
+  const auto at = sets_.find(set);
+  return at == sets_.end() ? nullptr : &at->second;
+}
+
+Result<ResultSetRecord*> ResultSets::find_to_work(SessionId session, ArrayId set) {
+  auto found = find(session, set);
+  if (!found) return found;
+  if ((*found)->state == SetState::cancelled)
+    return refuse(Errc::cancelled,
+                  fmt::format("result set {} was cancelled by its owner", printable((*found)->name)));
+  if (!may(session, **found, Right::write)) return not_yours(**found, "write");
+  return found;
 }
 
 std::vector<const ResultSetRecord*> ResultSets::list(SessionId session, std::string_view pattern,
@@ -185,10 +151,19 @@ std::vector<const ResultSetRecord*> ResultSets::list(SessionId session, std::str
   const std::string glob(pattern);
   std::vector<const ResultSetRecord*> found;
   for (auto at = sets_.upper_bound(after); at != sets_.end() && found.size() < limit; ++at) {
-    const bool is_match = ::fnmatch(glob.c_str(), at->second.name.c_str(), 0) == 0;
-    if (is_match && may(session, at->second, Right::read)) found.push_back(&at->second);
+    if (may(session, at->second, Right::read) && ::fnmatch(glob.c_str(), at->second.name.c_str(), 0) == 0)
+      found.push_back(&at->second);
   }
   return found;
+}
+
+bool ResultSets::contains(ArrayId array) const {
+  if (sets_.find(array) != sets_.end()) return true;
+  return std::any_of(sets_.begin(), sets_.end(), [&](const auto& entry) {
+    const auto& allocated = entry.second.allocated;
+    return std::any_of(allocated.begin(), allocated.end(),
+                       [&](const auto& one) { return one.second == array; });
+  });
 }
 
 std::uint32_t ResultSets::leases_of(SessionId session) const {
@@ -197,102 +172,226 @@ std::uint32_t ResultSets::leases_of(SessionId session) const {
   return leases;
 }
 
-Result<std::optional<SlotTable::Lease>> ResultSets::lease(SessionId session, ResultSetRecord& set,
-                                                          std::optional<SlotIndex> slot) {
-  if (!may(session, set, Right::write)) {
-    return refuse(
-        Errc::permission_denied,
-        fmt::format("result set {} belongs to user {} with mode {:04o}, which does not let you write",
-                    printable(set.name), set.owner.uid, set.owner.mode));
+// ---- Working ----
+
+std::vector<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRecord& set, std::uint64_t count,
+                                                 bool is_shared, const Moment& now) {
+  if (!set.is_open()) return {};
+  if (is_shared) {
+    const std::uint64_t workers = set.workers.size() + (set.workers.contains(session) ? 0 : 1);
+    count = std::clamp<std::uint64_t>(set.table.free() / (workers * kShares), 1, count);
   }
-  std::optional<SlotTable::Lease> lease;
-  if (slot) {
-    auto taken = set.table.lease(session, *slot);
-    if (!taken) return error_of(std::move(taken));
-    lease = *taken;
-  } else {
-    lease = set.table.lease_any(session);
+  std::vector<Lease> leases;
+  while (leases.size() < count) {
+    const auto lease = set.table.lease_any(session, now);
+    if (!lease) break;
+    leases.push_back(*lease);
   }
+  if (leases.empty()) return leases;
+  set.workers.insert(session);
+  touch(set);
+  return leases;
+}
+
+Result<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                            const Moment& now) {
+  auto lease = set.table.lease(session, slot, now);
   if (!lease) return lease;
-  set.mapped.insert(session);
+  set.workers.insert(session);
   touch(set);
   return lease;
 }
 
-Result<void> ResultSets::commit(SessionId session, ResultSetRecord& set, SlotIndex slot) {
-  if (auto ok = set.table.commit(session, slot); !ok) return ok;
-  touch(set);
+void ResultSets::allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array) {
+  drop_allocated(set, slot);
+  set.allocated.emplace(slot, array);
+}
+
+Result<void> ResultSets::commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
+  if (auto ok = set.table.commit_rows(session, slot, now); !ok) return ok;
+  touch(set).is_settled = true;
+  return {};
+}
+
+Result<void> ResultSets::commit_value(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                      std::span<const std::byte> value, Time now) {
+  if (auto ok = set.table.commit_value(session, slot, value, now); !ok) return ok;
+  drop_allocated(set, slot);
+  touch(set).is_settled = true;
+  return {};
+}
+
+Result<void> ResultSets::commit_array(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
+  const auto at = set.allocated.find(slot);
+  const ArrayRecord* array = at == set.allocated.end() ? nullptr : store_.find(at->second);
+  if (array == nullptr)
+    return refuse(Errc::not_holder, fmt::format("slot {} was lost while its array was being sealed", slot));
+  if (auto ok = set.table.commit_array(session, slot, array->id, array->data_bytes, now); !ok) return ok;
+  set.allocated.erase(at);
+  touch(set).is_settled = true;
   return {};
 }
 
 Result<void> ResultSets::fail(SessionId session, ResultSetRecord& set, SlotIndex slot,
-                              std::string_view reason) {
-  if (auto ok = set.table.fail(session, slot); !ok) return ok;
-  if (set.message.empty()) set.message = fmt::format("slot {}: {}", slot, reason);
-  touch(set);
+                              std::string_view reason, Time now) {
+  const auto is_final = set.table.fail(session, slot, reason, now);
+  if (!is_final) return error_of(is_final);
+  drop_allocated(set, slot);
+  if (*is_final && set.message.empty()) set.message = fmt::format("slot {}: {}", slot, reason);
+  Change& change = touch(set);
+  (*is_final ? change.is_settled : change.has_free) = true;
   return {};
 }
 
-Result<void> ResultSets::give_back(SessionId session, ResultSetRecord& set, SlotIndex slot) {
-  if (auto ok = set.table.give_back(session, slot); !ok) return ok;
-  touch(set);
+Result<void> ResultSets::give_back(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
+  if (auto ok = set.table.give_back(session, slot, now); !ok) return ok;
+  drop_allocated(set, slot);
+  touch(set).has_free = true;
   return {};
+}
+
+void ResultSets::lost(ResultSetRecord& set, const SlotTable::Lost& lost, std::string_view reason) {
+  if (lost.slots.empty()) return;
+  for (const SlotIndex slot : lost.slots) drop_allocated(set, slot);
+  if (lost.first_failed && set.message.empty())
+    set.message = fmt::format("slot {}: {}", *lost.first_failed, reason);
+  Change& change = touch(set);
+  change.has_free = true;
+  change.is_settled = change.is_settled || lost.first_failed.has_value();
+}
+
+// An array that was being written for a slot that is not its writer's any more.
+void ResultSets::drop_allocated(ResultSetRecord& set, SlotIndex slot) {
+  const auto at = set.allocated.find(slot);
+  if (at == set.allocated.end()) return;
+  store_.retire(at->second);
+  set.allocated.erase(at);
 }
 
 void ResultSets::unmapped(SessionId session, ArrayId set) {
   const auto at = sets_.find(set);
   // A session that still holds a slot has it mapped, whatever it says.
   if (at == sets_.end() || at->second.table.leases_of(session) > 0) return;
-  if (at->second.mapped.erase(session) > 0) touch(at->second);
+  if (at->second.workers.erase(session) > 0) touch(at->second);
 }
 
-void ResultSets::close_session(SessionId session) {
-  for (auto at = sets_.begin(); at != sets_.end();) {
-    ResultSetRecord& set = at->second;
-    if (set.table.give_back_all(session) + set.mapped.erase(session) > 0) touch(set);
-    if (set.session != session) {
-      ++at;
-      continue;
+// ---- Ending ----
+
+Result<void> ResultSets::cancel(SessionId session, ResultSetRecord& set) {
+  if (!may(session, set, Right::write)) return not_yours(set, "cancel it");
+  if (!set.is_open()) {
+    remove(sets_.find(set.id));
+    return {};
+  }
+  free_memory(set);
+  end(set, SetState::cancelled, "cancelled by its owner");
+  set.workers.clear();
+  set.table.abandon();
+  set.memory.mapping = Mapping();
+  store_.discard(set.owner.uid, std::exchange(set.memory.segment, {}));
+  return {};
+}
+
+// The output array of a dense set that is not done; of a ragged one all that its slots hold.
+void ResultSets::free_memory(ResultSetRecord& set) {
+  for (const auto& [slot, array] : std::exchange(set.allocated, {})) store_.retire(array);
+  if (set.terms.is_ragged) {
+    for (SlotIndex slot = 0; slot < set.table.size(); ++slot) {
+      if (const auto held = set.table.slot(slot); held.content == SlotContent::array)
+        store_.retire(held.place);
     }
-    if (set.state == SetState::running || set.state == SetState::sealing) store_.abort(set.id);
-    changed_.push_back(set.id);
-    settled_.erase(set.id);
-    at = sets_.erase(at);
+  } else if (set.state != SetState::done) {
+    store_.retire(set.id);
   }
 }
 
-void ResultSets::touch(ResultSetRecord& set) {
+ResultSets::Sets::iterator ResultSets::remove(Sets::iterator at) {
+  ResultSetRecord& set = at->second;
+  if (set.state != SetState::cancelled) {
+    free_memory(set);
+    store_.discard(set.owner.uid, std::move(set.memory.segment));
+  }
+  changed_[set.id].has_ended = true;
+  settled_.erase(set.id);
+  return sets_.erase(at);
+}
+
+void ResultSets::close_session(SessionId session, std::string_view reason, Time now) {
+  for (auto at = sets_.begin(); at != sets_.end();) {
+    ResultSetRecord& set = at->second;
+    if (set.is_open()) {
+      lost(set, set.table.lose_all(session, reason, now), reason);
+    }
+    if (set.workers.erase(session) > 0) touch(set);
+    if (set.session == session && !set.terms.is_detached) {
+      at = remove(at);
+      continue;
+    }
+    if (set.session == session) set.session = 0;
+    ++at;
+  }
+}
+
+void ResultSets::expire(const Moment& now) {
+  for (auto& [id, set] : sets_) {
+    if (set.is_open())
+      lost(set, set.table.expire(now), fmt::format("no result within {} ms", set.terms.limits.lease.count()));
+  }
+}
+
+std::optional<Tick> ResultSets::next_deadline() const {
+  std::optional<Tick> next;
+  for (const auto& [id, set] : sets_) {
+    const auto deadline = set.is_open() ? set.table.next_deadline() : std::nullopt;
+    if (deadline && (!next || *deadline < *next)) next = deadline;
+  }
+  return next;
+}
+
+void ResultSets::forget_array(ArrayId array) {
+  const auto at = sets_.find(array);
+  if (at != sets_.end() && at->second.state == SetState::done) remove(at);
+}
+
+ResultSets::Change& ResultSets::touch(ResultSetRecord& set) {
   ++set.revision;
-  changed_.push_back(set.id);
-  if (set.table.is_settled() && (set.state == SetState::running || set.state == SetState::sealing))
-    settled_.insert(set.id);
+  if (set.table.is_settled() && set.is_open()) settled_.insert(set.id);
+  return changed_[set.id];
 }
 
 std::vector<ArrayId> ResultSets::finish_settled(Time now) {
   std::vector<ArrayId> refused;
   for (const ArrayId id : std::vector<ArrayId>(settled_.begin(), settled_.end())) {
     ResultSetRecord& set = sets_.at(id);
-    if (!finish(set, now) && set.mapped.empty()) refused.push_back(id);
+    if (!finish(set, now) && set.workers.empty()) refused.push_back(id);
   }
   return refused;
 }
 
 bool ResultSets::finish(ResultSetRecord& set, Time now) {
-  if (set.table.failed() > 0) {
-    // There will be no array: its memory goes now, its record tells the waiters why.
-    store_.abort(set.id);
-    end(set, SetState::failed, set.message);
+  if (set.terms.is_ragged) {
+    end(set, set.table.failed() > 0 ? SetState::failed : SetState::done, set.message);
     return true;
   }
-  set.state = SetState::sealing;
-  if (!set.mapped.empty()) return false;
-  const auto sealed = store_.seal(set.session, set.id, false, now);
+  if (set.table.failed() > 0) {
+    // There will be no array: its memory goes now, its record tells the waiters why.
+    end(set, SetState::failed, set.message);
+    free_memory(set);
+    return true;
+  }
+  if (set.state != SetState::sealing) {
+    set.state = SetState::sealing;
+    touch(set);
+  }
+  if (!set.workers.empty()) return false;
+  const ArrayRecord* array = store_.find(set.id);
+  const auto sealed = store_.seal(array == nullptr ? 0 : array->writer, set.id, false, now);
   if (sealed && !*sealed) return false;
   if (sealed) {
     end(set, SetState::done, "");
   } else {
-    store_.abort(set.id);  // refused, it is still being written otherwise
     end(set, SetState::failed, sealed.error().message);
+    free_memory(set);  // refused, it is still being written otherwise
   }
   return true;
 }
@@ -301,14 +400,14 @@ void ResultSets::end(ResultSetRecord& set, SetState state, std::string message) 
   set.state = state;
   set.message = std::move(message);
   settled_.erase(set.id);
-  touch(set);
+  touch(set).has_ended = true;
 }
 
 void ResultSets::explain(ArrayId set, std::string message) {
   const auto at = sets_.find(set);
   if (at == sets_.end() || at->second.state != SetState::sealing || at->second.message == message) return;
   at->second.message = std::move(message);
-  touch(at->second);
+  touch(at->second).has_ended = true;
 }
 
 }  // namespace cowmgr

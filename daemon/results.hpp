@@ -1,16 +1,18 @@
-// Result sets: who holds which slot, what is committed, and when the set can be sealed.
+// Result sets: what their workers hold, and when a set is done.
 //
 // Synchronous, single-threaded; the memory and its sealing are the store's.
 //
-// Invariants of a slot: free -> leased -> committed or failed, both final; leased -> free with attempt + 1
-// when its holder gives it back or goes. A set's output array is sealed when all slots are committed and no
-// session has it mapped for writing.
+// A dense set is one output array, sealed when every slot is committed and no worker has it mapped for
+// writing. A ragged set has an array or a small value for each slot, and is done when every slot is settled.
+// A set goes with the session that made it, unless it is detached; the array of a dense set that is done
+// stays.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -18,134 +20,159 @@
 #include <vector>
 
 #include "daemon/peer.hpp"
+#include "daemon/slot_table.hpp"
 #include "daemon/store.hpp"
 #include "proto/errors.hpp"
+#include "proto/mapping.hpp"
 
 namespace cowmgr {
 
-using SlotIndex = std::uint64_t;
+inline constexpr std::uint64_t kMaxSlots = std::uint64_t{1}
+                                           << 24;  // of one set: 44 bytes of its segment each
 
-// The slots of one set.
-class SlotTable {
- public:
-  SlotTable(std::uint64_t rows, std::uint64_t slots);
+// What a set is to be.
+struct ResultTerms {
+  std::uint64_t slots = 1;
+  bool is_ragged = false;
+  bool is_detached = false;  // outlives the session that made it
+  SlotLimits limits{};
+};
 
-  struct Lease {
-    SlotIndex slot = 0;
-    std::uint32_t attempt = 0;  // 1 for the first
-    std::uint64_t begin = 0;    // rows [begin, end)
-    std::uint64_t end = 0;
-  };
-  // The free slot with the lowest index, or none.
-  [[nodiscard]] std::optional<Lease> lease_any(SessionId session);
-  // Errors: not_found, busy, already_committed, slot_failed.
-  [[nodiscard]] Result<Lease> lease(SessionId session, SlotIndex slot);
-  // Errors of these three: not_found, not_holder, already_committed, slot_failed.
-  [[nodiscard]] Result<void> commit(SessionId session, SlotIndex slot);
-  [[nodiscard]] Result<void> fail(SessionId session, SlotIndex slot);
-  [[nodiscard]] Result<void> give_back(SessionId session, SlotIndex slot);
-  // The session went: its slots are free again. Returns how many.
-  std::size_t give_back_all(SessionId session);
-
-  [[nodiscard]] std::uint64_t size() const noexcept { return slots_.size(); }
-  [[nodiscard]] std::uint64_t free() const noexcept { return free_.size(); }
-  [[nodiscard]] std::uint64_t leased() const noexcept { return size() - free() - committed_ - failed_; }
-  [[nodiscard]] std::uint64_t committed() const noexcept { return committed_; }
-  [[nodiscard]] std::uint64_t failed() const noexcept { return failed_; }
-  [[nodiscard]] bool is_settled() const noexcept { return committed_ + failed_ == size(); }
-  [[nodiscard]] std::uint32_t leases_of(SessionId session) const;
-
- private:
-  enum class State : std::uint8_t { free, leased, committed, failed };
-  struct Slot {
-    State state = State::free;
-    std::uint32_t attempt = 0;
-    SessionId holder = 0;
-  };
-  [[nodiscard]] Lease take(SessionId session, SlotIndex slot);
-  [[nodiscard]] Result<void> check_holder(SessionId session, SlotIndex slot) const;
-  void settle(SlotIndex slot, State state);
-
-  std::uint64_t rows_;
-  std::vector<Slot> slots_;
-  std::set<SlotIndex> free_;
-  std::unordered_map<SessionId, std::set<SlotIndex>> holders_;
-  std::uint64_t committed_ = 0;
-  std::uint64_t failed_ = 0;
+// The memory of a set's slots: its own segment, mapped for writing, with its header written.
+struct SlotMemory {
+  Segment segment{};
+  Mapping mapping{};
 };
 
 struct ResultSetRecord {
-  enum class State : std::uint8_t { running, sealing, done, failed };
+  enum class State : std::uint8_t { running, sealing, done, failed, cancelled };
 
-  ArrayId id = 0;  // of the set, and of the array that it becomes
+  ArrayId id = 0;  // of the set; of a dense one, of the array that it becomes too
   std::string name;
-  ArraySpec spec;
-  std::uint64_t data_bytes = 0;
+  ResultTerms terms;
+  ArraySpec spec{Dtype::of<std::uint8_t>(), {0}};  // of a dense set
+  std::uint64_t data_bytes = 0;                    // of a dense set
   Ownership owner;
-  SessionId session = 0;  // that made it: the set goes with it
+  SessionId session = 0;  // that made it; 0: it is gone, and the set is detached
   pid_t owner_pid = 0;
   Time created{};
   State state = State::running;
   std::uint64_t revision = 1;
   std::string message{};
+  SlotMemory memory{};
   SlotTable table;
-  std::set<SessionId> mapped{};  // sessions that may have a writable mapping
-};
+  std::set<SessionId> workers{};  // that had a slot; of a dense set: and may have it mapped for writing
+  std::unordered_map<SlotIndex, ArrayId> allocated{};  // arrays that are being written for slots
+  bool is_growing = false;                             // its segment, just now
 
-inline constexpr std::uint64_t kMaxSlots = std::uint64_t{1} << 24;  // of one set: 16 bytes each
+  [[nodiscard]] bool is_open() const noexcept { return state == State::running || state == State::sealing; }
+};
 
 class ResultSets {
  public:
+  using Lease = SlotTable::Lease;
+
   ResultSets(Store& store, uid_t admin) : store_(store), admin_(admin) {}
 
-  // Checks what concerns slots, before the store reserves memory. Errors: invalid_shape, invalid_argument.
-  [[nodiscard]] static Result<void> check(const ArraySpec& spec, std::uint64_t slots);
-  // Adds the set whose output array is `array`, being written by `session`.
-  const ResultSetRecord& add(SessionId session, const ArrayRecord& array, std::uint64_t slots);
-  // The running set of that name, or the newest that is done. Errors: not_found, permission_denied.
+  // ---- Making and finding ----
+
+  // Checks what concerns slots, before memory is taken. Errors: invalid_shape, invalid_argument,
+  // invalid_name.
+  [[nodiscard]] static Result<void> check(const CreateRequest& request, const ResultTerms& terms);
+  // Whether a set of that name may be made. Errors: already_exists, permission_denied.
+  [[nodiscard]] Result<void> check_name_is_free(SessionId session, const std::string& name,
+                                                bool replace) const;
+  // Layout of the segment for the slots.
+  [[nodiscard]] static ResultLayout layout_of(const ResultTerms& terms) noexcept;
+
+  // Adds a dense set whose output array is `array`, being written.
+  const ResultSetRecord& add_dense(SessionId session, const ResultTerms& terms, const ArrayRecord& array,
+                                   SlotMemory memory);
+  // Adds a ragged set in the place of those of that name.
+  const ResultSetRecord& add_ragged(SessionId session, const ResultTerms& terms, ArrayId id,
+                                    const CreateRequest& request, SlotMemory memory, Time now);
+
+  // The running set of that name, or the newest other. Errors: not_found, permission_denied.
   [[nodiscard]] Result<const ResultSetRecord*> open(SessionId session, std::string_view name) const;
   // Errors: not_found, permission_denied.
   [[nodiscard]] Result<ResultSetRecord*> find(SessionId session, ArrayId set);
+  // The same, whoever asks; null if there is none.
+  [[nodiscard]] ResultSetRecord* get(ArrayId set);
+  // The same, for whoever wants to work on it. Errors: cancelled too.
+  [[nodiscard]] Result<ResultSetRecord*> find_to_work(SessionId session, ArrayId set);
   [[nodiscard]] std::vector<const ResultSetRecord*> list(SessionId session, std::string_view pattern,
                                                          ArrayId after, std::size_t limit) const;
   [[nodiscard]] std::size_t size() const noexcept { return sets_.size(); }
   // Whether the array is a set's: only the set may seal or abort it.
-  [[nodiscard]] bool contains(ArrayId array) const { return sets_.find(array) != sets_.end(); }
+  [[nodiscard]] bool contains(ArrayId array) const;
   [[nodiscard]] std::uint32_t leases_of(SessionId session) const;
 
-  // A lease of `slot`, or of any free one; none when nothing is free. The session counts as having the set
-  // mapped for writing from then on. Errors: as SlotTable::lease.
-  [[nodiscard]] Result<std::optional<SlotTable::Lease>> lease(SessionId session, ResultSetRecord& set,
-                                                              std::optional<SlotIndex> slot);
-  // The end of a lease: committed, failed with a reason, or given back. Errors: as SlotTable's.
-  [[nodiscard]] Result<void> commit(SessionId session, ResultSetRecord& set, SlotIndex slot);
+  // ---- Working ----
+
+  // Up to `count` free slots, lowest index first; with `is_shared` fewer, so that every worker finds work
+  // until the end. The session counts as having a dense set mapped from then on.
+  [[nodiscard]] std::vector<Lease> lease(SessionId session, ResultSetRecord& set, std::uint64_t count,
+                                         bool is_shared, const Moment& now);
+  // The slot `slot`. Errors: as SlotTable::lease.
+  [[nodiscard]] Result<Lease> lease(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                    const Moment& now);
+  // `array` is being written for a slot of a ragged set, in the place of one that was before.
+  void allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array);
+  void drop_allocated(ResultSetRecord& set, SlotIndex slot);
+  // Ends of a lease. Errors: as SlotTable's.
+  [[nodiscard]] Result<void> commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
+  [[nodiscard]] Result<void> commit_value(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                          std::span<const std::byte> value, Time now);
+  [[nodiscard]] Result<void> commit_array(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   [[nodiscard]] Result<void> fail(SessionId session, ResultSetRecord& set, SlotIndex slot,
-                                  std::string_view reason);
-  [[nodiscard]] Result<void> give_back(SessionId session, ResultSetRecord& set, SlotIndex slot);
+                                  std::string_view reason, Time now);
+  [[nodiscard]] Result<void> give_back(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   // The session has no writable mapping of the set any more.
   void unmapped(SessionId session, ArrayId set);
-  // Gives back what the session held, and removes the sets that it made.
-  void close_session(SessionId session);
 
+  // ---- Ending ----
+
+  // A running set: leases are taken back, memory is given back, and everybody who asks is told. Of its table
+  // only the counts are left. One that has ended: it is forgotten, with what it holds. Errors:
+  // permission_denied.
+  [[nodiscard]] Result<void> cancel(SessionId session, ResultSetRecord& set);
+  // Gives back what the session held, for that reason, and removes the sets that it made.
+  void close_session(SessionId session, std::string_view reason, Time now);
+  // Takes the slots back whose time is over.
+  void expire(const Moment& now);
+  [[nodiscard]] std::optional<Tick> next_deadline() const;
+  // The array is gone: so is the record of the dense set that it was.
+  void forget_array(ArrayId array);
   // Finishes the sets whose slots are all settled. Returns those that the kernel does not let us seal yet,
   // although no session says that it still maps them: to be tried again soon.
   [[nodiscard]] std::vector<ArrayId> finish_settled(Time now);
   // Why a set cannot be sealed, for its waiters to read.
   void explain(ArrayId set, std::string message);
 
-  [[nodiscard]] std::vector<ArrayId> take_changed() { return std::exchange(changed_, {}); }
+  // What changed since the last call, for the caller to wake who waits for it.
+  struct Change {
+    bool has_free = false;    // a slot became free
+    bool is_settled = false;  // a slot was committed, or failed
+    bool has_ended = false;   // the set is done, failed, cancelled or gone, or tells why it is not
+  };
+  [[nodiscard]] std::map<ArrayId, Change> take_changed() { return std::exchange(changed_, {}); }
 
  private:
+  using Sets = std::map<ArrayId, ResultSetRecord>;
   [[nodiscard]] bool may(SessionId session, const ResultSetRecord& set, Right right) const;
+  const ResultSetRecord& add(ResultSetRecord set);
   [[nodiscard]] bool finish(ResultSetRecord& set, Time now);
-  void touch(ResultSetRecord& set);
+  void lost(ResultSetRecord& set, const SlotTable::Lost& lost, std::string_view reason);
+  Change& touch(ResultSetRecord& set);
   void end(ResultSetRecord& set, ResultSetRecord::State state, std::string message);
+  void free_memory(ResultSetRecord& set);
+  Sets::iterator remove(Sets::iterator at);
 
   Store& store_;
   uid_t admin_;
-  std::map<ArrayId, ResultSetRecord> sets_;
+  Sets sets_;
   std::set<ArrayId> settled_;  // all slots settled, not finished yet
-  std::vector<ArrayId> changed_;
+  std::map<ArrayId, Change> changed_;
 };
 
 }  // namespace cowmgr

@@ -1,5 +1,6 @@
 #include "daemon/serve.hpp"
 
+#include <exception>
 #include <unistd.h>
 
 #include <boost/asio/detached.hpp>
@@ -7,6 +8,7 @@
 #include <spdlog/spdlog.h>
 
 #include "daemon/requests.hpp"
+#include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
 
@@ -22,6 +24,7 @@ struct Connection {
   Channel channel;
   std::vector<std::byte> frame{};
   Builder builder{1024};
+  std::shared_ptr<Session> session{};  // from the greeting on
 };
 
 // The next verified request, or null when the connection is to be closed.
@@ -34,12 +37,13 @@ asio::awaitable<const wire::Request*> next_request(Connection& connection) {
   co_return nullptr;
 }
 
-asio::awaitable<bool> send_reply(Connection& connection, const Reply& reply, std::span<const int> fds) {
+asio::awaitable<Channel::Sent> send_reply(Connection& connection, const Reply& reply,
+                                          std::span<const int> fds) {
   connection.builder.Finish(wire::CreateReply(connection.builder, reply.type, reply.body));
   return connection.channel.send(bytes_of(connection.builder), fds);
 }
 
-asio::awaitable<bool> send_failure(Connection& connection, const Error& error) {
+asio::awaitable<Channel::Sent> send_failure(Connection& connection, const Error& error) {
   connection.builder.Clear();
   const auto body = wire::CreateFailureDirect(connection.builder, static_cast<std::uint16_t>(error.code),
                                               error.message.c_str());
@@ -85,47 +89,77 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
   return open_session(core, peer, view_of(hello->command()), std::move(pidfd));
 }
 
+// The views that a reply could not bring do not count.
+asio::awaitable<Channel::Sent> take_views_back(Connection& connection, const Call& call) {
+  for (const ArrayId id : call.views) call.core.store.release(call.session->id(), id, Core::now());
+  call.core.settle();
+  return send_failure(connection,
+                      {Errc::out_of_memory,
+                       "too many descriptors of the daemon's user are on their way through sockets; "
+                       "try again, or raise the daemon's limit of open files"});
+}
+
 // Answers requests until the connection or the session ends.
-asio::awaitable<void> answer_all(Connection& connection, const std::shared_ptr<Session>& session) {
+asio::awaitable<void> answer_all(Connection& connection) {
+  const std::shared_ptr<Session>& session = connection.session;
   while (const auto* request = co_await next_request(connection)) {
-    connection.builder.Clear();
-    Call call{connection.core, connection.channel, session, connection.builder, {}};
-    const auto reply = co_await answer(call, *request);
+    // The process may have ended while its last frames still lay in the socket: what it held is gone.
     if (session->gone()) co_return;
+    connection.builder.Clear();
+    Call call{connection.core, connection.channel, session, connection.builder, {}, {}};
+    const auto reply = co_await answer(call, *request);
+    if (session->gone() || call.peer_is_gone) co_return;
     if (reply && reply->type == wire::ReplyBody::NONE) continue;
-    bool is_sent = false;
+    auto sent = Channel::Sent::connection_ended;
     if (reply)
-      is_sent = co_await send_reply(connection, *reply, call.fds);
+      sent = co_await send_reply(connection, *reply, call.fds);
     else
-      is_sent = co_await send_failure(connection, reply.error());
-    if (!is_sent) co_return;
+      sent = co_await send_failure(connection, reply.error());
+    if (session->gone()) co_return;
+    if (sent == Channel::Sent::too_many_descriptors && !call.views.empty())
+      sent = co_await take_views_back(connection, call);
+    if (sent != Channel::Sent::yes) co_return;
   }
 }
 
 asio::awaitable<void> converse(Connection& connection, const Peer& peer, UniqueFd pidfd) {
   const auto* request = co_await next_request(connection);
   if (request == nullptr) co_return;
-  const auto session = greet(connection.core, peer, *request, std::move(pidfd));
+  auto session = greet(connection.core, peer, *request, std::move(pidfd));
   if (!session) {
     spdlog::info("process {} of user {} is refused: {}", peer.pid, peer.uid, session.error().message);
     co_await send_failure(connection, session.error());
     co_return;
   }
-  (*session)->add(connection.channel);
-  const auto welcome =
-      wire::CreateWelcomeDirect(connection.builder, kProtocolVersion, std::string(kVersion).c_str(),
-                                connection.core.config.instance.c_str(), (*session)->id(), ::getpid());
+  connection.session = *std::move(session);
+  connection.session->add(connection.channel);
+  const auto welcome = wire::CreateWelcomeDirect(
+      connection.builder, kProtocolVersion, std::string(kVersion).c_str(),
+      connection.core.config.instance.c_str(), connection.session->id(), ::getpid());
   const Reply reply{wire::ReplyBody::Welcome, welcome.Union()};
-  if (co_await send_reply(connection, reply, {})) co_await answer_all(connection, *session);
-  (*session)->remove(connection.channel);
+  if (co_await send_reply(connection, reply, {}) == Channel::Sent::yes) co_await answer_all(connection);
 }
 
 }  // namespace
 
+void refuse(int socket, const Error& error) {
+  Builder builder;
+  const auto body =
+      wire::CreateFailureDirect(builder, static_cast<std::uint16_t>(error.code), error.message.c_str());
+  builder.Finish(wire::CreateReply(builder, wire::ReplyBody::Failure, body.Union()));
+  (void)send_frame(socket, bytes_of(builder), {});
+}
+
 asio::awaitable<void> serve(Core& core, UniqueFd socket, Peer peer, UniqueFd pidfd) {
   Connection connection{core, Channel(core, std::move(socket))};
   core.connections.insert(&connection.channel);
-  co_await converse(connection, peer, std::move(pidfd));
+  try {
+    co_await converse(connection, peer, std::move(pidfd));
+  } catch (const std::exception& error) {
+    // Nothing here throws but for want of memory; then this connection ends, and the others go on.
+    spdlog::error("the connection of process {} is closed: {}", peer.pid, error.what());
+  }
+  if (connection.session) connection.session->remove(connection.channel);
   core.connections.erase(&connection.channel);
   core.store.quota().release_session(peer.uid);
 }

@@ -11,4 +11,7 @@ namespace cowmgr {
 // The peer's connection has been charged to its quota, and is released at the end.
 [[nodiscard]] asio::awaitable<void> serve(Core& core, UniqueFd socket, Peer peer, UniqueFd pidfd);
 
+// Tells a peer that it is not served, if its socket takes that at once.
+void refuse(int socket, const Error& error);
+
 }  // namespace cowmgr

@@ -13,6 +13,7 @@
 
 #include "daemon/channel.hpp"
 #include "daemon/serve.hpp"
+#include "daemon/session.hpp"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77  // Linux 6.5
@@ -71,9 +72,10 @@ Server::Server(asio::io_context& io, Core& core, UniqueFd listener)
       signals_(io, SIGTERM),
       pause_(io) {
   if (core.config.parent_fd >= 0) {
-    // Ctrl-C goes to the whole process group: the parent may still need its daemon to end its own work.
+    // What a terminal sends goes to the whole process group: the parent may still need its daemon to end its
+    // own work. Its end ends us.
     parent_.assign(core.config.parent_fd);
-    std::signal(SIGINT, SIG_IGN);
+    for (const int number : {SIGINT, SIGQUIT, SIGHUP}) std::signal(number, SIG_IGN);
   } else {
     signals_.add(SIGINT);
     signals_.add(SIGHUP);  // the terminal was closed
@@ -109,6 +111,7 @@ void Server::accept_one() {
   Peer peer = peer_of(socket.get());
   if (const auto ok = core_.store.quota().charge_session(peer.uid); !ok) {
     spdlog::warn("process {} is refused: {}", peer.pid, ok.error().message);
+    refuse(socket.get(), ok.error());
     return;
   }
   auto pidfd = pidfd_of(socket.get(), peer.pid);
@@ -150,7 +153,10 @@ void Server::stop() {
   parent_.close(ignored);
   signals_.cancel(ignored);
   pause_.cancel();
-  // Each connection sees its end, and gives back what it held; views in other processes stay valid.
+  core_.stop_timers();
+  // Sessions give back what they held, and memory that is being made for them is given up; views in other
+  // processes stay valid. A session takes itself out of the map.
+  while (!core_.sessions.empty()) core_.sessions.begin()->second->close();
   for (Channel* channel : core_.connections) channel->shutdown();
 }
 

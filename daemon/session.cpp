@@ -21,7 +21,7 @@ void Session::close() {
   for (Channel* channel : channels_) channel->shutdown();
   boost::system::error_code ignored;
   pidfd_.close(ignored);
-  core_.results.close_session(id_);
+  core_.results.close_session(id_, end_of(peer_.pid), Core::now());
   core_.store.close_session(id_);
   core_.settle();
   core_.sessions.erase(id_);  // may be the last reference to this object

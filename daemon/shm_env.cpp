@@ -10,6 +10,7 @@
 #include <fstream>
 #include <span>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/syscall.h>
@@ -126,9 +127,11 @@ bool is_writable_fd(const fs::path& fdinfo) {
   return false;
 }
 
-bool has_writable_fd(const fs::path& process, const FileId& file) {
+// The link is read first: stat(2) would follow descriptors into file systems that do not answer.
+bool has_writable_fd(const fs::path& process, const FileId& file, const std::string& name) {
   std::error_code ignored;
   for (const auto& fd : fs::directory_iterator(process / "fd", ignored)) {
+    if (fs::read_symlink(fd.path(), ignored).native().find(name) == std::string::npos) continue;
     if (is_same_file(fd.path(), file) && is_writable_fd(process / "fdinfo" / fd.path().filename()))
       return true;
   }
@@ -170,12 +173,19 @@ std::uint64_t huge_bytes_mapped(const std::byte* address) {
 
 }  // namespace
 
+std::uint64_t random_id() noexcept {
+  constexpr int kIdBits = 47;  // exact in a double too, for whoever reads JSON
+  std::uint64_t id = 0;
+  if (::getrandom(&id, sizeof id, 0) != static_cast<ssize_t>(sizeof id)) return 0;
+  return id >> (64 - kIdBits);
+}
+
 ShmEnv::ShmEnv(std::string instance, int lease_signal)
     : instance_(std::move(instance)), lease_signal_(lease_signal), has_leases_(probe_leases()) {}
 
 bool ShmEnv::probe_leases() const {
-  Segment probe{.name = fmt::format("/cowmgr.{}.probe", instance_)};
-  unlink(probe);  // a daemon that was killed here left it
+  // Named as a segment that nobody can foresee: it goes with the leftovers if the daemon is killed here.
+  Segment probe{.name = segment_name(instance_, random_id())};
   if (auto fd = create_object(probe.name)) probe.writer = *std::move(fd);
   if (auto fd = open_object(probe.name)) probe.lease = *std::move(fd);
   probe.writer.reset();
@@ -240,6 +250,13 @@ Result<Segment> ShmEnv::create(std::uint64_t id, std::uint64_t size_bytes, std::
     return error_of(std::move(filled));
   }
   return segment;
+}
+
+Result<void> ShmEnv::grow(const Segment& segment, std::uint64_t new_size_bytes) const {
+  COWMGR_ASSERT(new_size_bytes > segment.size_bytes);
+  auto grown = allocate(segment, segment.size_bytes, new_size_bytes - segment.size_bytes);
+  if (!grown) ::ftruncate(segment.writer.get(), static_cast<off_t>(segment.size_bytes));
+  return grown;
 }
 
 // Backs whole huge pages with huge pages where the kernel lets us, and the rest, or all, with small ones.
@@ -342,7 +359,7 @@ std::vector<Holder> ShmEnv::writers_of(const Segment& segment) const {
     pid_t pid = 0;
     if (std::from_chars(text.data(), text.data() + text.size(), pid).ptr != text.data() + text.size())
       continue;
-    if (has_writable_fd(process, file) || has_writable_mapping(process, file, segment.name)) {
+    if (has_writable_fd(process, file, segment.name) || has_writable_mapping(process, file, segment.name)) {
       holders.push_back({pid, command_of(process)});
     }
   }

@@ -41,6 +41,9 @@ struct SegmentUsage {
   std::uint64_t huge_bytes = 0;
 };
 
+// An id that nobody can foresee: names in /dev/shm can be taken by anybody. 0 if the kernel has none.
+[[nodiscard]] std::uint64_t random_id() noexcept;
+
 // Thread-safe: no state changes after the constructor, but for what was said about huge pages.
 class ShmEnv {
  public:
@@ -67,6 +70,10 @@ class ShmEnv {
   // Errors: out_of_memory, os_failure.
   [[nodiscard]] Result<Segment> create(std::uint64_t id, std::uint64_t size_bytes, std::string_view header,
                                        const std::atomic<bool>& stop) const;
+
+  // Makes a segment longer that create() made and that is not sealed: what is new is backed by memory and
+  // zero. Blocks. On failure it is as long as before. Errors: out_of_memory, os_failure.
+  [[nodiscard]] Result<void> grow(const Segment& segment, std::uint64_t new_size_bytes) const;
 
   // Writes the trailer, gives up the daemon's own writable descriptor, and asks the kernel for the lease.
   // Returns false when somebody can still write: call again later. Does not block. Errors: corrupted when

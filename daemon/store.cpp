@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <fnmatch.h>
+#include <unistd.h>
 
 #include <fmt/format.h>
 
@@ -12,7 +13,8 @@ namespace {
 
 using State = ArrayRecord::State;
 
-constexpr std::size_t kNamedHolders = 3;  // in the message of out_of_memory
+constexpr std::size_t kNamedHolders = 3;                // in the message of out_of_memory
+constexpr std::uint32_t kMaxViews = UINT32_MAX - 1024;  // of one array; a request adds 64 at most
 
 bool matches(const std::string& pattern, const std::string& name) {
   return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
@@ -53,6 +55,11 @@ tl::unexpected<Error> pinned(const ArrayRecord& record) {
 
 }  // namespace
 
+Store::Store(const ShmEnv& env, const StoreOptions& options)
+    : env_(env), options_(options), quota_(options.quota), last_id_(options.first_id - 1) {
+  open_session(kHouse, {.pid = ::getpid(), .uid = options.admin, .gid = ::getegid()});
+}
+
 // ---- Sessions ----
 
 void Store::open_session(SessionId session, Peer peer) {
@@ -77,7 +84,7 @@ Store::Holdings& Store::holdings(SessionId session) {
 // ---- Making arrays ----
 
 Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, Time now) {
-  Holdings& held = holdings(session);
+  const Holdings& held = holdings(session);
   if (auto ok = check_name(request.name); !ok) return error_of(std::move(ok));
   const auto bytes = data_bytes(request.spec);
   if (!bytes) return error_of(bytes);
@@ -85,15 +92,12 @@ Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, 
   if (!header) return error_of(std::move(header));
   if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
   const std::uint64_t size_bytes = segment_bytes(*bytes);
-  // Charged first: who may not have the array must not evict others for it.
-  if (auto ok = quota_.charge_array(held.peer.uid, size_bytes); !ok) return error_of(std::move(ok));
-  if (auto ok = make_room(size_bytes); !ok) {
-    quota_.release_array(held.peer.uid, size_bytes);
-    return error_of(std::move(ok));
-  }
-  const ArrayId id = ++last_id_;
-  used_bytes_ += size_bytes;
-  held.writing.insert(id);
+  const Ownership owner =
+      request.owner.value_or(Ownership{held.peer.uid, held.peer.gid, request.mode & 0777U});
+  if (auto ok = charge_segment(owner.uid, size_bytes); !ok) return error_of(std::move(ok));
+  const ArrayId id = next_id();
+  const SessionId writer = request.is_detached ? kHouse : session;
+  holdings(writer).writing.insert(id);
   const std::uint64_t version = next_version(request.name);
   names_[request.name].all.insert(id);
   records_.emplace(id, ArrayRecord{.id = id,
@@ -102,10 +106,10 @@ Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, 
                                    .spec = request.spec,
                                    .header = *std::move(header),
                                    .data_bytes = *bytes,
-                                   .owner = {held.peer.uid, held.peer.gid, request.mode & 0777U},
+                                   .owner = owner,
                                    .replace = request.replace,
                                    .evictable = request.evictable,
-                                   .writer = session,
+                                   .writer = writer,
                                    .writer_pid = held.peer.pid,
                                    .created = now,
                                    .last_used = now});
@@ -236,6 +240,16 @@ void Store::abort(ArrayId id) {
   drop(id);
 }
 
+void Store::retire(ArrayId id) {
+  const auto at = records_.find(id);
+  if (at == records_.end()) return;
+  ArrayRecord& record = at->second;
+  if (record.state == State::reserved || record.state == State::writing)
+    drop(id);
+  else if (record.state != State::draining && !record.pinned)
+    drain(record);
+}
+
 Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now) {
   const auto at = records_.find(id);
   if (at == records_.end() || at->second.state != State::writing || at->second.writer != session) {
@@ -276,7 +290,49 @@ void Store::publish(ArrayRecord& record, Time now) {
     return;
   }
   current = record.id;
-  if (previous != 0) drain(records_.at(previous));
+  if (previous == 0) return;
+  record.pinned = records_.at(previous).pinned;  // the name was pinned, whatever its version
+  drain(records_.at(previous));
+}
+
+// ---- Memory that is no array ----
+
+// The quota first: who may not have the memory must not evict others for it.
+Result<void> Store::charge_segment(uid_t owner, std::uint64_t size_bytes) {
+  if (auto ok = quota_.charge_array(owner, size_bytes); !ok) return ok;
+  if (auto ok = make_room(size_bytes); !ok) {
+    quota_.release_array(owner, size_bytes);
+    return ok;
+  }
+  used_bytes_ += size_bytes;
+  return {};
+}
+
+Result<void> Store::charge_growth(uid_t owner, std::uint64_t size_bytes) {
+  if (auto ok = quota_.charge_bytes(owner, size_bytes); !ok) return ok;
+  if (auto ok = make_room(size_bytes); !ok) {
+    quota_.release_bytes(owner, size_bytes);
+    return ok;
+  }
+  used_bytes_ += size_bytes;
+  return {};
+}
+
+void Store::release_segment(uid_t owner, std::uint64_t size_bytes) {
+  quota_.release_array(owner, size_bytes);
+  used_bytes_ -= size_bytes;
+}
+
+void Store::release_growth(uid_t owner, std::uint64_t size_bytes) {
+  quota_.release_bytes(owner, size_bytes);
+  used_bytes_ -= size_bytes;
+}
+
+void Store::discard(uid_t owner, Segment segment) {
+  env_.unlink(segment);
+  quota_.release_array(owner, segment.size_bytes);
+  reclaiming_bytes_ += segment.size_bytes;
+  garbage_.push_back(std::move(segment));
 }
 
 // ---- Using them ----
@@ -310,6 +366,9 @@ const std::string* Store::first_missing(std::span<const std::string> names) cons
 
 Result<void> Store::check_attach(SessionId session, const ArrayRecord& record) const {
   if (!may(session, record, Right::read)) return not_allowed(record, "attach");
+  if (record.views >= kMaxViews)
+    return fail(Errc::quota_exceeded, fmt::format("array {} has {} views, as many as one array may",
+                                                  printable(record.name), record.views));
   if (!record.tampered) return {};
   return fail(
       Errc::tampered,
@@ -352,7 +411,7 @@ Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
     bool is_matched = false;
     for (const auto& [name, versions] : names_) {
       const ArrayId id = versions.current;
-      if (id == 0 || !matches(pattern, name) || !may(session, records_.at(id), Right::write)) continue;
+      if (id == 0 || !may(session, records_.at(id), Right::write) || !matches(pattern, name)) continue;
       ids.insert(id);
       is_matched = true;
     }
@@ -463,6 +522,7 @@ void Store::drop(ArrayId id) {
     held->second.writing.erase(id);
   reclaiming_bytes_ += record.segment_bytes();
   changed_names_.push_back(record.name);
+  dropped_.push_back(id);
   if (record.state == State::reserved) {
     orphans_.emplace(id, record.segment_bytes());
   } else {
@@ -497,7 +557,7 @@ std::vector<const ArrayRecord*> Store::list(SessionId session, std::string_view 
   std::vector<const ArrayRecord*> found;
   const std::string glob(pattern);
   for (auto at = records_.upper_bound(after); at != records_.end() && found.size() < limit; ++at) {
-    if (matches(glob, at->second.name) && may(session, at->second, Right::read)) found.push_back(&at->second);
+    if (may(session, at->second, Right::read) && matches(glob, at->second.name)) found.push_back(&at->second);
   }
   return found;
 }

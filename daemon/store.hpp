@@ -37,6 +37,7 @@ struct StoreOptions {
   std::uint64_t capacity_bytes = 0;
   QuotaLimits quota;
   uid_t admin = 0;  // the daemon's user
+  ArrayId first_id = 1;
 };
 
 struct CreateRequest {
@@ -45,7 +46,12 @@ struct CreateRequest {
   bool replace = false;
   bool evictable = false;
   std::uint32_t mode = 0600;
+  std::optional<Ownership> owner{};  // default: the session's peer, with `mode`
+  bool is_detached = false;          // does not go with the session that makes it
 };
+
+// The daemon's own session: it writes what outlives the session that asked for it.
+inline constexpr SessionId kHouse = UINT64_MAX;
 
 struct ArrayRecord {
   enum class State : std::uint8_t { reserved, writing, sealed, draining, tampered };
@@ -88,8 +94,7 @@ struct MemoryUse {
 
 class Store {
  public:
-  Store(const ShmEnv& env, const StoreOptions& options)
-      : env_(env), options_(options), quota_(options.quota) {}
+  Store(const ShmEnv& env, const StoreOptions& options);
 
   // ---- Sessions: all that a peer holds hangs on its session ----
 
@@ -112,9 +117,25 @@ class Store {
   void fail_backing(ArrayId id);
   // Drops an array that is reserved or being written.
   void abort(ArrayId id);
+  // The end of an array that belongs to something else which ends: dropped if it is not sealed, else evicted
+  // unless it is pinned. Unknown ids are ignored.
+  void retire(ArrayId id);
   // Seals what `session` was writing, and gives it a view if `keep_view`. False when somebody can still
   // write: try again later. Errors: not_holder, already_exists, corrupted (the array is gone then).
   [[nodiscard]] Result<bool> seal(SessionId session, ArrayId id, bool keep_view, Time now);
+
+  // ---- Memory that is no array: the slots of a result set ----
+
+  [[nodiscard]] ArrayId next_id() noexcept { return ++last_id_; }
+  // Takes the room for a segment, or for the `size_bytes` that one shall grow. Errors: out_of_memory as
+  // reserve(), quota_exceeded.
+  [[nodiscard]] Result<void> charge_segment(uid_t owner, std::uint64_t size_bytes);
+  [[nodiscard]] Result<void> charge_growth(uid_t owner, std::uint64_t size_bytes);
+  // The memory could not be had.
+  void release_segment(uid_t owner, std::uint64_t size_bytes);
+  void release_growth(uid_t owner, std::uint64_t size_bytes);
+  // The segment is not needed any more.
+  void discard(uid_t owner, Segment segment);
 
   // ---- Using them ----
 
@@ -167,6 +188,8 @@ class Store {
   [[nodiscard]] std::uint64_t reclaiming_bytes() const noexcept { return reclaiming_bytes_; }
   // Names whose waiters should look again.
   [[nodiscard]] std::vector<std::string> take_changed_names() { return std::exchange(changed_names_, {}); }
+  // Arrays that are gone.
+  [[nodiscard]] std::vector<ArrayId> take_dropped() { return std::exchange(dropped_, {}); }
 
  private:
   struct Holdings {
@@ -202,7 +225,7 @@ class Store {
   const ShmEnv& env_;
   StoreOptions options_;
   Quota quota_;
-  ArrayId last_id_ = 0;
+  ArrayId last_id_;
   std::map<ArrayId, ArrayRecord> records_;
   std::unordered_map<std::string, Versions> names_;
   std::map<ArrayId, std::uint64_t>
@@ -212,6 +235,7 @@ class Store {
   std::uint64_t reclaiming_bytes_ = 0;
   std::vector<Segment> garbage_;
   std::vector<std::string> changed_names_;
+  std::vector<ArrayId> dropped_;
 };
 
 }  // namespace cowmgr

@@ -63,15 +63,17 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
 
 Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set, const Store& store) {
   std::vector<std::int32_t> pids;
-  for (const SessionId session : set.mapped) pids.push_back(store.peer(session).pid);
+  for (const SessionId session : set.workers) pids.push_back(store.peer(session).pid);
   const auto name = builder.CreateString(set.name);
   const auto dtype = builder.CreateString(set.spec.dtype.str());
   const auto shape = builder.CreateVector(set.spec.shape);
   const auto message = builder.CreateString(set.message);
   const auto holders = builder.CreateVector(pids);
+  const auto segment = builder.CreateString(set.memory.segment.name);
   wire::ResultsInfoBuilder info(builder);
   info.add_id(set.id);
   info.add_name(name);
+  info.add_ragged(set.terms.is_ragged);
   info.add_dtype(dtype);
   info.add_shape(shape);
   info.add_slots(set.table.size());
@@ -84,9 +86,16 @@ Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set, con
   info.add_failed(set.table.failed());
   info.add_message(message);
   info.add_owner_uid(set.owner.uid);
+  info.add_owner_gid(set.owner.gid);
+  info.add_mode(set.owner.mode);
   info.add_owner_pid(set.owner_pid);
   info.add_created_us(microseconds(set.created));
   info.add_holders(holders);
+  info.add_attempts(set.terms.limits.attempts);
+  info.add_lease_ms(static_cast<std::uint32_t>(set.terms.limits.lease.count()));
+  info.add_detached(set.terms.is_detached);
+  info.add_value_bytes(set.table.value_bytes());
+  info.add_segment(segment);
   return info.Finish();
 }
 

@@ -21,7 +21,12 @@ using Offset = flatbuffers::Offset<T>;
 [[nodiscard]] Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set,
                                              const Store& store);
 
-// From a request's tables to values. Errors: as the parsers'.
+// From a request's tables to values. Errors: as the parsers'. A frame may name one long string thousands of
+// times: look at the number before copying.
+template <class T>
+[[nodiscard]] std::size_t size_of(const flatbuffers::Vector<T>* items) noexcept {
+  return items == nullptr ? 0 : items->size();
+}
 [[nodiscard]] std::vector<std::string> strings_of(
     const flatbuffers::Vector<Offset<flatbuffers::String>>* texts);
 [[nodiscard]] Shape shape_of(const flatbuffers::Vector<std::uint64_t>* dims);

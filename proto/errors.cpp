@@ -11,7 +11,7 @@
 namespace cowmgr {
 namespace {
 
-constexpr std::array<std::string_view, 28> kNames = {"ok",
+constexpr std::array<std::string_view, 29> kNames = {"ok",
                                                      "invalid_name",
                                                      "invalid_dtype",
                                                      "invalid_shape",
@@ -38,7 +38,8 @@ constexpr std::array<std::string_view, 28> kNames = {"ok",
                                                      "wrong_process",
                                                      "shutting_down",
                                                      "os_failure",
-                                                     "unsupported"};
+                                                     "unsupported",
+                                                     "cancelled"};
 
 Errc code_of(int number) noexcept {
   switch (number) {

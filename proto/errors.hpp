@@ -43,6 +43,7 @@ enum class Errc : std::uint16_t {
   shutting_down = 25,      // the daemon is stopping
   os_failure = 26,         // a system call failed; the message names it
   unsupported = 27,        // the kernel cannot do what was asked for
+  cancelled = 28,          // the result set was cancelled by its owner
 };
 
 // The code's name as it is spelled above: stable, for scripts and logs.

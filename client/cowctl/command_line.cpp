@@ -109,6 +109,19 @@ void declare_get(CLI::App& app, Options& options) {
   app.add_flag("--force", options.force, "Overwrite the file if it exists");
 }
 
+void declare_results(CLI::App& app, Options& options) {
+  add_text(app, "NAME", options.patterns, "One set, shown with its slots, or a glob; quote it")
+      ->expected(0, 1);
+  auto* slots = app.add_flag("--slots", options.all_slots,
+                             "Show every slot of NAME; otherwise those that are leased or failed");
+  auto* follow = app.add_flag("--follow", options.follow, "Wait until NAME has ended, with a progress bar")
+                     ->excludes(slots);
+  app.add_flag("--cancel", options.cancel,
+               "End NAME: its workers are told, its memory is freed. One that has ended is forgotten")
+      ->excludes(slots)
+      ->excludes(follow);
+}
+
 void declare_names(CLI::App& app, Options& options) {
   add_text(app, "NAME", options.patterns, "Names or globs; quote globs, and write \\* for a star in a name")
       ->required();
@@ -143,7 +156,8 @@ constexpr std::array<Subcommand, 11> kSubcommands = {{
     {"pin", "Never evict these arrays", "cowctl pin train test", declare_names, run_pin},
     {"unpin", "Undo pin", "cowctl unpin 't*'", declare_names, run_unpin},
     {"clients", "List who is connected, and what they hold", "cowctl clients", declare_nothing, run_clients},
-    {"results", "List result sets", "cowctl results --json", declare_glob, run_results},
+    {"results", "List result sets, or show, follow or cancel one", "cowctl results predictions --follow",
+     declare_results, run_results},
     {"ping", "Measure the round trip to the daemon", "cowctl ping", declare_nothing, run_ping},
     {"shutdown", "Stop the daemon", "cowctl shutdown", declare_nothing, run_shutdown},
 }};

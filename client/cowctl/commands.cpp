@@ -15,26 +15,10 @@ namespace {
 
 constexpr std::size_t kPings = 9;  // odd, so that the median is one of them
 
-SystemTime now() {
-  return std::chrono::floor<std::chrono::microseconds>(std::chrono::system_clock::now());
-}
-
 std::string quoted(const std::vector<std::string>& names) {
   std::string out;
   for (const auto& name : names) out += (out.empty() ? "" : ", ") + printable(name);
   return out;
-}
-
-// What to say when nothing matches the glob that the user gave, or there is nothing at all.
-std::string nothing_text(const Options& options, std::string_view what, std::string_view how_to_get_one) {
-  const auto& pattern = options.patterns;
-  if (pattern.empty()) return fmt::format("no {}; {}\n", what, how_to_get_one);
-  return fmt::format("no {} with a name like {}; leave the pattern out to see all\n", what,
-                     printable(pattern.front()));
-}
-
-std::string_view pattern_of(const Options& options) {
-  return options.patterns.empty() ? std::string_view("*") : options.patterns.front();
 }
 
 std::string evict_text(const EvictReport& report) {
@@ -57,6 +41,21 @@ Result<Report> set_pinned(const Options& options, bool is_pinned) {
 }
 
 }  // namespace
+
+SystemTime now() {
+  return std::chrono::floor<std::chrono::microseconds>(std::chrono::system_clock::now());
+}
+
+std::string nothing_text(const Options& options, std::string_view what, std::string_view how_to_get_one) {
+  const auto& pattern = options.patterns;
+  if (pattern.empty()) return fmt::format("no {}; {}\n", what, how_to_get_one);
+  return fmt::format("no {} with a name like {}; leave the pattern out to see all\n", what,
+                     printable(pattern.front()));
+}
+
+std::string_view pattern_of(const Options& options) {
+  return options.patterns.empty() ? std::string_view("*") : options.patterns.front();
+}
 
 Result<Client> connect(const Options& options) {
   return Client::connect({.socket = options.socket, .command = options.command_name});
@@ -118,17 +117,6 @@ Result<Report> run_clients(const Options& options) {
   const auto clients = client->clients();
   if (!clients) return error_of(clients);
   return Report{clients_table(*clients, now(), options.style), to_json(*clients)};
-}
-
-Result<Report> run_results(const Options& options) {
-  const auto client = connect(options);
-  if (!client) return error_of(client);
-  const auto sets = client->list_results(pattern_of(options));
-  if (!sets) return error_of(sets);
-  const std::string text =
-      sets->empty() ? nothing_text(options, "result sets", "programs make them with create_results")
-                    : results_table(*sets, now(), options.style);
-  return Report{text, to_json(*sets)};
 }
 
 Result<Report> run_ping(const Options& options) {

@@ -23,4 +23,11 @@ namespace cowmgr::cli {
 // A pattern that matches the name `name` alone, whatever characters it has.
 [[nodiscard]] std::string literal_pattern(std::string_view name);
 
+// For the commands' own use.
+[[nodiscard]] SystemTime now();
+// What to say when nothing matches the glob that the user gave, or there is nothing at all.
+[[nodiscard]] std::string nothing_text(const Options& options, std::string_view what,
+                                       std::string_view how_to_get_one);
+[[nodiscard]] std::string_view pattern_of(const Options& options);
+
 }  // namespace cowmgr::cli

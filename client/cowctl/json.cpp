@@ -55,8 +55,37 @@ std::string_view name_of(ResultsState state) noexcept {
       return "done";
     case ResultsState::failed:
       return "failed";
+    case ResultsState::cancelled:
+      return "cancelled";
   }
   return "unknown";
+}
+
+std::string_view name_of(SlotState state) noexcept {
+  switch (state) {
+    case SlotState::free:
+      return "free";
+    case SlotState::leased:
+      return "leased";
+    case SlotState::committed:
+      return "committed";
+    case SlotState::failed:
+      return "failed";
+  }
+  return "unknown";
+}
+
+std::string_view name_of(SlotContent content) noexcept {
+  switch (content) {
+    case SlotContent::rows:
+      return "rows";
+    case SlotContent::value:
+      return "value";
+    case SlotContent::array:
+      return "array";
+    default:
+      return "none";
+  }
 }
 
 std::string user_name(uid_t uid) {
@@ -118,13 +147,34 @@ Json to_json(const ArrayDetails& details) {
   return out;
 }
 
+Json to_json(const SlotLine& line) {
+  const SlotInfo& slot = line.slot;
+  Json out;
+  out["slot"] = slot.index;
+  out["state"] = name_of(slot.state);
+  out["attempt"] = slot.attempt;
+  if (slot.state == SlotState::leased) {
+    out["pid"] = line.pid;
+    out["command"] = line.command;
+  }
+  if (slot.attempt > 0) out["since"] = iso_time(slot.since);
+  if (slot.state == SlotState::committed) {
+    out["content"] = name_of(slot.content);
+    out["bytes"] = slot.size_bytes;
+  }
+  if (slot.content == SlotContent::array) out["array_id"] = slot.array_id;
+  if (slot.state == SlotState::failed) out["reason"] = slot.reason;
+  return out;
+}
+
 Json to_json(const ResultsInfo& results) {
   Json out;
   out["id"] = results.id;
   out["name"] = results.name;
   out["state"] = name_of(results.state);
-  add_spec(out, results.spec);
-  out["bytes"] = results.data_bytes;
+  out["kind"] = results.is_ragged ? "ragged" : "dense";
+  if (!results.is_ragged) add_spec(out, results.spec);
+  out["bytes"] = results.is_ragged ? results.value_bytes : results.data_bytes;
   out["slots"] = results.slots;
   out["free"] = results.free;
   out["leased"] = results.leased;
@@ -134,6 +184,10 @@ Json to_json(const ResultsInfo& results) {
   out["owner"] = user_name(results.owner_uid);
   out["owner_pid"] = results.owner_pid;
   out["holders"] = results.holders;
+  out["attempts"] = results.attempts;
+  out["lease_ms"] = results.lease.count();
+  out["detached"] = results.is_detached;
+  out["segment"] = results.segment;
   out["created"] = iso_time(results.created);
   out["revision"] = results.revision;
   return out;

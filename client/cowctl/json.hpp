@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cowmgr/info.hpp"
+#include "cowmgr/results.hpp"
 
 namespace cowmgr::cli {
 
@@ -17,6 +18,8 @@ using Json = nlohmann::ordered_json;
 [[nodiscard]] std::string_view name_of(ArrayState state) noexcept;
 [[nodiscard]] std::string_view name_of(Protection protection) noexcept;
 [[nodiscard]] std::string_view name_of(ResultsState state) noexcept;
+[[nodiscard]] std::string_view name_of(SlotState state) noexcept;
+[[nodiscard]] std::string_view name_of(SlotContent content) noexcept;
 
 // The user's name, or the number as text when the system knows no such user. Not thread-safe.
 [[nodiscard]] std::string user_name(uid_t uid);
@@ -30,6 +33,13 @@ using Json = nlohmann::ordered_json;
 [[nodiscard]] Json to_json(const ArrayInfo& array);
 [[nodiscard]] Json to_json(const ArrayDetails& details);
 [[nodiscard]] Json to_json(const ResultsInfo& results);
+// A slot, and who holds it: 0 and empty when nobody does.
+struct SlotLine {
+  SlotInfo slot;
+  pid_t pid = 0;
+  std::string command{};
+};
+[[nodiscard]] Json to_json(const SlotLine& line);
 [[nodiscard]] Json to_json(const ClientInfo& client);
 [[nodiscard]] Json to_json(const DaemonInfo& daemon);
 [[nodiscard]] Json to_json(const EvictReport& report);

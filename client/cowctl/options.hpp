@@ -37,6 +37,9 @@ struct Options {
   CreateOptions create;               // put
   bool pin = false;                   // put: pin it too
   bool force = false;                 // get: overwrite
+  bool all_slots = false;             // results: those too of which nothing is to be said
+  bool follow = false;                // results: until the set has ended
+  bool cancel = false;                // results
 };
 
 // The command line is answered without a command: help, version, or what is wrong with it.

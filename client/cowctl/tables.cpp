@@ -137,9 +137,29 @@ std::string results_table(const std::vector<ResultsInfo>& sets, SystemTime now, 
     table.add_row(
         {set.name, std::string(name_of(set.state)), std::to_string(set.slots), std::to_string(set.committed),
          std::to_string(set.leased), std::to_string(set.free), std::to_string(set.failed),
-         set.spec.dtype.str(), to_string(set.spec.shape), format_size(set.data_bytes),
-         user_name(set.owner_uid), age_text(set.created, now), set.message},
+         set.is_ragged ? "any" : set.spec.dtype.str(), set.is_ragged ? "ragged" : to_string(set.spec.shape),
+         format_size(set.is_ragged ? set.value_bytes : set.data_bytes), user_name(set.owner_uid),
+         age_text(set.created, now), set.message},
         has_failed ? Table::Emphasis::bold : Table::Emphasis::none);
+  }
+  return table.to_string(style);
+}
+
+std::string slots_table(const std::vector<SlotLine>& slots, SystemTime now, Style style) {
+  Table table({{.header = "SLOT", .align = Align::right},
+               {.header = "STATE"},
+               {.header = "HOLDER"},
+               {.header = "ATTEMPT", .align = Align::right},
+               {.header = "SINCE"},
+               {.header = "SIZE", .align = Align::right},
+               {.header = "REASON"}});
+  for (const auto& [slot, pid, command] : slots) {
+    const bool has_size = slot.content == SlotContent::value || slot.content == SlotContent::array;
+    table.add_row({std::to_string(slot.index), std::string(name_of(slot.state)),
+                   pid == 0 ? "" : fmt::format("{} ({})", pid, command), std::to_string(slot.attempt),
+                   slot.attempt == 0 ? "" : age_text(slot.since, now),
+                   has_size ? format_size(slot.size_bytes) : "", slot.reason},
+                  slot.state == SlotState::failed ? Table::Emphasis::bold : Table::Emphasis::none);
   }
   return table.to_string(style);
 }

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "client/cowctl/json.hpp"
 #include "client/cowctl/terminal.hpp"
 #include "cowmgr/info.hpp"
 
@@ -15,6 +16,8 @@ namespace cowmgr::cli {
 [[nodiscard]] std::string arrays_table(const std::vector<ArrayInfo>& arrays, SystemTime now, Style style);
 [[nodiscard]] std::string clients_table(const std::vector<ClientInfo>& clients, SystemTime now, Style style);
 [[nodiscard]] std::string results_table(const std::vector<ResultsInfo>& sets, SystemTime now, Style style);
+
+[[nodiscard]] std::string slots_table(const std::vector<SlotLine>& slots, SystemTime now, Style style);
 
 // One property a line.
 [[nodiscard]] std::string array_page(const ArrayDetails& details, SystemTime now, Style style);

@@ -73,12 +73,39 @@ TEST_F(DaemonLife, EndsThoughPeersWait) {
   auto set = client.create_results("set", {Dtype::of<std::uint8_t>(), {kSize}}, 1);
   const auto slot = set->lease();
   const std::uint64_t id = client.list_results()->front().id;
-  peers[2].request([&](Builder& b) { return wire::CreateLeaseSlot(b, id, -1, ~0U); });
-  peers[3].request([&](Builder& b) { return wire::CreateWaitResults(b, id, set->info()->revision, ~0U); });
+  peers[2].request([&](Builder& b) { return wire::CreateLeaseSlots(b, id, -1, 1, false, ~0U); });
+  peers[3].request(
+      [&](Builder& b) { return wire::CreateWaitResults(b, id, set->info()->revision, UINT64_MAX, ~0U); });
   peers[4].request([&](Builder& b) { return wire::CreatePing(b); });
   EXPECT_THAT(client.ping(), Succeeds());
   stop();
   for (RawPeer& peer : peers) EXPECT_TRUE(peer.is_hung_up());
+}
+
+// The end of a process is known before a frame that its forked child sends in its name.
+TEST_F(DaemonLife, DoesNothingForTheDead) {
+  start({"--owner-sessions", "3"});
+  const Client client = connect();
+  for (int round = 0; round < 4; ++round) {
+    Child dead([&](const Link&) {
+      RawPeer peer = RawPeer::greeted(socket());
+      const UniqueFd own_end = open_pidfd(::getpid());
+      ::kill(daemon_->pid(), SIGSTOP);
+      if (::fork() != 0) return;
+      (void)wait_readable(own_end.get());
+      const std::vector<std::uint64_t> shape = {1};
+      (void)peer.request(
+          [&](RawPeer::Builder& b) { return wire::CreateMakeArrayDirect(b, "a", "|u1", &shape); });
+      ::kill(daemon_->pid(), SIGCONT);
+      ::_exit(0);
+    });
+    EXPECT_EQ(dead.wait(), 0);
+    EXPECT_TRUE(eventually([&] { return client.ping()->sessions == 1; }));
+    EXPECT_THAT(arrays_of(client), testing::IsEmpty());
+  }
+  EXPECT_TRUE(eventually([&] { return Client::connect({.socket = socket(), .command = {}}).has_value(); }))
+      << "their connections are not charged any more";
+  stop();
 }
 
 TEST_F(DaemonLife, IsMissedByItsClients) {

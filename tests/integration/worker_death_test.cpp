@@ -145,18 +145,18 @@ TEST_F(WorkerDeath, WakesWhoWaitsForTheSlot) {
 class Liar {
  public:
   Liar(const std::string& socket, std::uint64_t set) : peer_(RawPeer::greeted(socket)), set_(set) {
-    const auto* lease =
-        peer_.ask<wire::Leased>([&](Builder& b) { return wire::CreateLeaseSlot(b, set_, -1); });
+    const auto* lease = peer_.ask<wire::Leased>([&](Builder& b) { return wire::CreateLeaseSlots(b, set_); });
     EXPECT_NE(lease, nullptr);
-    slot_ = static_cast<std::uint64_t>(lease->slot());
+    slots_ = {lease->slots()->Get(0)->slot()};
     bytes_ = ::mmap(nullptr, kRows, PROT_READ | PROT_WRITE, MAP_SHARED, peer_.fds().front().get(), 4096);
     EXPECT_NE(bytes_, MAP_FAILED);
     peer_.fds().clear();
     std::fill_n(static_cast<std::uint8_t*>(bytes_), kRows, kRight);
   }
   void commit() {
-    EXPECT_NE(peer_.ask<wire::Leased>(
-                  [&](Builder& b) { return wire::CreateCommitSlot(b, set_, slot_, false, true); }),
+    EXPECT_NE(peer_.ask<wire::Leased>([&](Builder& b) {
+      return wire::CreateCommitSlotsDirect(b, set_, &slots_, nullptr, nullptr, 0, false, true);
+    }),
               nullptr);
   }
   void say_unmapped() {
@@ -167,7 +167,7 @@ class Liar {
  private:
   RawPeer peer_;
   std::uint64_t set_;
-  std::uint64_t slot_ = 0;
+  std::vector<std::uint64_t> slots_;
   void* bytes_ = nullptr;
 };
 

@@ -12,7 +12,7 @@
 namespace cowmgr {
 namespace {
 
-constexpr auto kLastCode = static_cast<std::uint16_t>(Errc::unsupported);
+constexpr auto kLastCode = static_cast<std::uint16_t>(Errc::cancelled);
 
 TEST(ErrorCode, HasAStableNameOfItsOwn) {
   std::set<std::string_view> names;
@@ -31,6 +31,7 @@ TEST(ErrorCode, IsNamedAsItIsSpelled) {
   EXPECT_EQ(to_string(Errc::already_committed), "already_committed");
   EXPECT_EQ(to_string(Errc::protocol_mismatch), "protocol_mismatch");
   EXPECT_EQ(to_string(Errc::unsupported), "unsupported");
+  EXPECT_EQ(to_string(Errc::cancelled), "cancelled");
 }
 
 TEST(ErrorCode, OfANewerPeerIsUnknown) {

@@ -12,13 +12,14 @@ from pathlib import Path
 # its own layer and those below it.
 DAEMON_LAYERS = [
     ["shm_env", "lock_file", "peer", "quota"],
+    ["slot_table"],
     ["store"],
     ["results"],
     ["wire", "config"],
     ["core"],
     ["channel"],
     ["session"],
-    ["requests"],
+    ["requests", "result_requests"],
     ["serve"],
     ["server"],
     ["main"],

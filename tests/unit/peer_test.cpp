@@ -1,7 +1,13 @@
 #include "daemon/peer.hpp"
 
+#include <csignal>
+#include <functional>
 #include <string>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 namespace cowmgr {
@@ -50,6 +56,61 @@ TEST(Peer, RootAndTheDaemonsUserMayDoEverything) {
   EXPECT_EQ(rights({.uid = 0}, 0000), "rw");
   EXPECT_EQ(rights({.uid = kAdmin, .gid = 5}, 0000), "rw");
   EXPECT_EQ(rights({.uid = 5, .gid = 0, .groups = {0, kAdmin}}, 0000), "--");  // a group is no user
+}
+
+// ---- What became of a process ----
+
+// A child that has run `work` and ended, and that nobody has waited for yet: a zombie, until this goes.
+class Zombie {
+ public:
+  explicit Zombie(const std::function<void()>& work) : pid_(::fork()) {
+    if (pid_ == 0) {
+      work();
+      ::_exit(0);
+    }
+    siginfo_t info{};
+    EXPECT_EQ(::waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOWAIT), 0);
+  }
+  Zombie(const Zombie&) = delete;
+  Zombie& operator=(const Zombie&) = delete;
+  ~Zombie() { reap(); }
+
+  [[nodiscard]] pid_t pid() const noexcept { return pid_; }
+  void reap() {
+    if (!is_reaped_) ::waitpid(pid_, nullptr, 0);
+    is_reaped_ = true;
+  }
+
+ private:
+  pid_t pid_;
+  bool is_reaped_ = false;
+};
+
+TEST(EndOf, TellsTheSignalThatKilledAProcess) {
+  const Zombie killed([] { ::raise(SIGKILL); });
+  EXPECT_EQ(end_of(killed.pid()), fmt::format("process {} was killed by signal 9 (Killed)", killed.pid()));
+}
+
+TEST(EndOf, TellsTheExitCode) {
+  const Zombie failed([] { ::_exit(3); });
+  EXPECT_EQ(end_of(failed.pid()), fmt::format("process {} exited with 3", failed.pid()));
+}
+
+TEST(EndOf, IsNotMisledByTheNameOfTheCommand) {
+  const Zombie failed([] {
+    ::prctl(PR_SET_NAME, "a) Z 1 (b");
+    ::_exit(200);
+  });
+  EXPECT_EQ(end_of(failed.pid()), fmt::format("process {} exited with 200", failed.pid()));
+}
+
+TEST(EndOf, OtherwiseTheProcessWentAway) {
+  EXPECT_EQ(end_of(::getpid()), fmt::format("process {} went away", ::getpid()));  // it runs
+  const Zombie good([] {});
+  EXPECT_EQ(end_of(good.pid()), fmt::format("process {} went away", good.pid()));
+  Zombie reaped([] { ::_exit(3); });
+  reaped.reap();
+  EXPECT_EQ(end_of(reaped.pid()), fmt::format("process {} went away", reaped.pid()));
 }
 
 }  // namespace

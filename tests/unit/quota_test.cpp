@@ -53,6 +53,29 @@ TEST(Quota, CountsSessionsApartFromArrays) {
   EXPECT_THAT(quota.charge_session(kUid), Succeeds());
 }
 
+TEST(Quota, WhatGrowsIsChargedBytesButNoArray) {
+  Quota quota({.owner_bytes = 100, .owner_arrays = 1, .owner_sessions = 1});
+  EXPECT_THAT(quota.charge_array(kUid, 10), Succeeds());
+  EXPECT_THAT(quota.charge_bytes(kUid, 60), Succeeds());
+  const auto refused = quota.charge_bytes(kUid, 31);
+  ASSERT_THAT(refused, FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(refused.error().message, HasSubstr("user 1000 holds 70"));
+  EXPECT_THAT(quota.charge_bytes(kUid, UINT64_MAX), FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(quota.charge_bytes(kUid, 30), Succeeds());
+  EXPECT_THAT(quota.charge_bytes(kOther, 100), Succeeds());
+  quota.release_bytes(kUid, 30);
+  EXPECT_THAT(quota.charge_array(kUid, 0), FailsWith(Errc::quota_exceeded));  // there is one still
+  quota.release_array(kUid, 70);
+  EXPECT_THAT(quota.charge_array(kUid, 100), Succeeds());
+}
+
+TEST(Quota, ARefusedArrayTakesNoBytes) {
+  Quota quota({.owner_bytes = 100, .owner_arrays = 1, .owner_sessions = 1});
+  EXPECT_THAT(quota.charge_array(kUid, 10), Succeeds());
+  EXPECT_THAT(quota.charge_array(kUid, 10), FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(quota.charge_bytes(kUid, 90), Succeeds());
+}
+
 TEST(Quota, ARefusalChangesNothing) {
   Quota quota({.owner_bytes = 100, .owner_arrays = 2, .owner_sessions = 1});
   for (int i = 0; i < 5; ++i) EXPECT_THAT(quota.charge_array(kUid, 101), FailsWith(Errc::quota_exceeded));
@@ -63,6 +86,7 @@ TEST(Quota, ARefusalChangesNothing) {
 TEST(QuotaDeathTest, GivingBackWhatWasNotChargedIsABug) {
   Quota quota({});
   EXPECT_DEATH(quota.release_array(kUid, 1), "does not hold");
+  EXPECT_DEATH(quota.release_bytes(kUid, 1), "does not hold");
   EXPECT_DEATH(quota.release_session(kUid), "does not hold");
 }
 

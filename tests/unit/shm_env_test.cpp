@@ -150,10 +150,50 @@ TEST_F(ShmEnvTest, RemovesTheLeftoversOfItsOwnInstanceAlone) {
 }
 
 TEST_F(ShmEnvTest, TheProbeOfADaemonThatWasKilledIsInNobodysWay) {
-  const std::string probe = shm_path(fmt::format("/cowmgr.{}.probe", instance_));
+  const std::string probe = shm_path(segment_name(instance_, 0x123456789ab));  // as any segment
   const UniqueFd left(::open(probe.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0400));
-  EXPECT_EQ(ShmEnv(instance_, test_lease_signal()).has_leases(), env_.has_leases());
+  const ShmEnv next(instance_, test_lease_signal());
+  EXPECT_EQ(next.has_leases(), env_.has_leases());
+  EXPECT_THAT(names_of(instance_), testing::SizeIs(1));  // its own is gone
+  EXPECT_EQ(next.remove_leftovers(), 1U);
   EXPECT_THAT(names_of(instance_), IsEmpty());
+}
+
+// ---- Making segments longer ----
+
+TEST_F(ShmEnvTest, WhatIsAddedIsBackedAndZeroAndSeenThroughOlderMappings) {
+  auto segment = create(3 * kPageBytes);
+  const auto mapped = Mapping::map(segment.reader.get(), 40 * kPageBytes, Access::read_only);
+  ASSERT_THAT(mapped, Succeeds());
+  ASSERT_EQ(::pwrite(segment.writer.get(), "!", 1, 3 * kPageBytes - 1), 1);
+  for (const std::uint64_t pages : {std::uint64_t{4}, std::uint64_t{40}}) {
+    ASSERT_THAT(env_.grow(segment, pages * kPageBytes), Succeeds());
+    segment.size_bytes = pages * kPageBytes;
+    const auto info = stat_of(segment.reader.get());
+    EXPECT_EQ(static_cast<std::uint64_t>(info.st_size), segment.size_bytes);
+    EXPECT_GE(static_cast<std::uint64_t>(info.st_blocks) * 512, segment.size_bytes);
+    const auto* bytes = reinterpret_cast<const char*>(mapped->data());
+    EXPECT_EQ(std::string(bytes, header_.size()), header_);
+    EXPECT_EQ(bytes[3 * kPageBytes - 1], '!');
+    EXPECT_TRUE(
+        std::all_of(bytes + 3 * kPageBytes, bytes + segment.size_bytes, [](char byte) { return byte == 0; }));
+  }
+  env_.remove(std::move(segment));
+}
+
+TEST_F(ShmEnvTest, WhatCannotGrowIsAsLongAsBefore) {
+  const auto said = say_in_small_shm(8 * kMib, [&] {
+    auto segment = create(3 * kMib);
+    const auto free_bytes = env_.space().free_bytes;
+    const auto refused = env_.grow(segment, 9 * kMib);
+    std::string text = std::string(refused ? "grown" : to_string(refused.error().code));
+    text += fmt::format(", {} MiB, free as before {}, ",
+                        stat_of(segment.reader.get()).st_size / static_cast<off_t>(kMib),
+                        env_.space().free_bytes == free_bytes);
+    return text + (env_.grow(segment, 8 * kMib) ? "then grown" : "then refused");
+  });
+  if (!said) GTEST_SKIP() << "no file system of its own for this user";
+  EXPECT_EQ(*said, "out_of_memory, 3 MiB, free as before true, then grown");
 }
 
 // ---- When something runs out ----
@@ -252,6 +292,15 @@ TEST_F(SealTest, WritesTheTrailerAndGivesUpTheWritableDescriptor) {
   EXPECT_EQ(page, trailer_);
   EXPECT_EQ(::fcntl(segment_.lease.get(), F_GETLEASE), F_RDLCK);
   EXPECT_FALSE(ShmEnv::is_lease_broken(segment_.lease.get()));
+}
+
+TEST_F(SealTest, ADescriptorWithoutALeaseIsAsGoodAsBroken) {
+  EXPECT_TRUE(ShmEnv::is_lease_broken(segment_.lease.get()));
+  ASSERT_THAT(seal(), Optional(true));
+  EXPECT_FALSE(ShmEnv::is_lease_broken(segment_.lease.get()));
+  EXPECT_TRUE(ShmEnv::is_lease_broken(segment_.reader.get()));
+  env_.end_lease(segment_);
+  EXPECT_TRUE(ShmEnv::is_lease_broken(segment_.lease.get()));
 }
 
 TEST_F(SealTest, WaitsForAWritableMapping) {

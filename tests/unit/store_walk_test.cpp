@@ -121,7 +121,9 @@ struct PlainStore {
     if (keep_view) ++array.views[array.writer];
     array.writer = 0;
     if (previous == 0) return;
-    drain(arrays.at(previous).version > array.version ? id : previous);
+    if (arrays.at(previous).version > array.version) return drain(id);
+    array.pinned = arrays.at(previous).pinned;
+    drain(previous);
   }
 
   void close(SessionId session) {

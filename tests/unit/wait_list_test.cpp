@@ -12,11 +12,13 @@ namespace {
 
 class WaitListTest : public testing::Test {
  protected:
-  // Somebody who waits under `key`, and counts how often it was woken.
+  static WaitKey key_of(const std::string& name) { return {WaitKey::Topic::array_name, 0, name}; }
+
+  // Somebody who waits for the array `name`, and counts how often it was woken.
   struct Waiter {
-    Waiter(WaitListTest& test, const std::string& key)
+    Waiter(WaitListTest& test, const std::string& name)
         : timer(test.io_, asio::steady_timer::time_point::max()),
-          entry(std::in_place, test.list_, key, timer) {
+          entry(std::in_place, test.list_, key_of(name), timer) {
       timer.async_wait([this](const boost::system::error_code& error) {
         wakes += error == asio::error::operation_aborted;
       });
@@ -26,8 +28,8 @@ class WaitListTest : public testing::Test {
     int wakes = 0;
   };
 
-  void wake(const std::string& key) {
-    list_.wake(key);
+  void wake(const std::string& name) {
+    list_.wake(key_of(name));
     io_.restart();
     io_.poll();
   }
@@ -63,10 +65,22 @@ TEST_F(WaitListTest, WhoIsGoneIsNotWoken) {
   EXPECT_EQ(goes.wakes, 0);
 }
 
-TEST(CoreKeys, DifferForWhatDiffers) {
-  EXPECT_NE(Core::array_key("set 1"), Core::set_key(1));
-  EXPECT_NE(Core::array_key("x"), Core::array_key("x "));
-  EXPECT_NE(Core::array_key("reclaimed"), Core::reclaim_key());
+TEST_F(WaitListTest, TellsTheTopicsOfOneSetApart) {
+  asio::steady_timer timer(io_, asio::steady_timer::time_point::max());
+  int wakes = 0;
+  timer.async_wait([&](const boost::system::error_code&) { ++wakes; });
+  const WaitList::Entry entry(list_, {WaitKey::Topic::slot_free, 7}, timer);
+  for (const WaitKey& key : {WaitKey{WaitKey::Topic::slot_settled, 7}, WaitKey{WaitKey::Topic::slot_free, 8},
+                             WaitKey{WaitKey::Topic::array_name, 0, "7"}}) {
+    list_.wake(key);
+    io_.restart();
+    io_.poll();
+    EXPECT_EQ(wakes, 0);
+  }
+  list_.wake({WaitKey::Topic::slot_free, 7});
+  io_.restart();
+  io_.poll();
+  EXPECT_EQ(wakes, 1);
 }
 
 }  // namespace

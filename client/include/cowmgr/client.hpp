@@ -40,6 +40,16 @@ struct CreateOptions {
       0600;  // permission bits; read: may attach, write: may replace, evict, pin, lease slots
 };
 
+struct ResultsOptions {
+  bool replace = false;        // as CreateOptions
+  bool evictable = false;      // as CreateOptions, of the output array of a dense set
+  std::uint32_t mode = 0600;   // as CreateOptions
+  std::uint32_t attempts = 0;  // a slot that was lost so often has failed. Default: lost slots are tried
+                               // again for ever, and what a worker fails has failed
+  Milliseconds lease{0};       // a worker that takes longer for a slot loses it. Default: no limit
+  bool is_detached = false;    // the set outlives the client that made it. Default: it goes with it
+};
+
 struct AttachOptions {
   View view = View::shared;
   Milliseconds wait{0};  // how long to wait until every name is there. Default: not at all
@@ -103,10 +113,15 @@ class Client {
 
   // A dense result set: one C-order output array of `spec`, its rows split into `slots` slots (at least 1;
   // more slots than rows leave the last ones empty). The set goes with the client that made it, unless it is
-  // done by then. Errors: as create(), and invalid_shape without a first axis.
+  // done by then, or detached. Errors: as create(), and invalid_shape without a first axis.
   [[nodiscard]] Result<ResultSet> create_results(std::string_view name, const ArraySpec& spec,
                                                  std::uint64_t slots,
-                                                 const CreateOptions& options = {}) const;
+                                                 const ResultsOptions& options = {}) const;
+  // A ragged result set: `slots` results of any size. It goes with the client that made it, and its results
+  // with it, unless it is detached. Errors: invalid_name, invalid_argument, already_exists, out_of_memory,
+  // quota_exceeded.
+  [[nodiscard]] Result<ResultSet> create_ragged(std::string_view name, std::uint64_t slots,
+                                                const ResultsOptions& options = {}) const;
   // The result set `name`; waits up to `wait` until it is there. Errors: not_found, permission_denied.
   [[nodiscard]] Result<ResultSet> open_results(std::string_view name,
                                                Milliseconds wait = Milliseconds{0}) const;

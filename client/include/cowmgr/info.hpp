@@ -55,18 +55,20 @@ struct ArrayInfo {
 };
 
 enum class ResultsState : std::uint8_t {
-  running,  // slots are free or leased
-  sealing,  // every slot is committed; somebody can still write
-  done,     // sealed: the set is an array now
-  failed,   // every slot is settled, at least one failed
+  running,    // slots are free or leased
+  sealing,    // every slot is committed; somebody can still write
+  done,       // every slot is committed; a dense set is sealed, and an array now
+  failed,     // every slot is settled, at least one failed
+  cancelled,  // by its owner
 };
 
 struct ResultsInfo {
-  std::uint64_t id = 0;  // of the set, and of the array that it becomes
+  std::uint64_t id = 0;  // of the set; of a dense one, of the array that it becomes too
   std::string name;
-  ArraySpec spec;
+  bool is_ragged = false;
+  ArraySpec spec;  // of a dense set
   std::uint64_t slots = 0;
-  std::uint64_t data_bytes = 0;
+  std::uint64_t data_bytes = 0;  // of a dense set
   ResultsState state{};
   std::uint64_t revision = 0;  // grows with every change
   std::uint64_t free = 0;
@@ -77,7 +79,12 @@ struct ResultsInfo {
   uid_t owner_uid = 0;
   pid_t owner_pid = 0;
   SystemTime created;
-  std::vector<pid_t> holders{};  // processes that have the set mapped for writing
+  std::vector<pid_t> holders{};   // its workers; of a dense set: those that may have it mapped for writing
+  std::uint32_t attempts = 0;     // that a slot may take; 0: no limit
+  Milliseconds lease{0};          // how long a slot may take; 0: no limit
+  bool is_detached = false;       // outlives its maker
+  std::uint64_t value_bytes = 0;  // of values and reasons, in the set's own segment
+  std::string segment{};          // the set's own, as shm_open(3) takes it
 };
 
 struct ClientInfo {
