@@ -131,7 +131,7 @@ void declare_evict(CLI::App& app, Options& options) {
   auto* names = add_text(app, "NAME", options.patterns, "Names or globs; quote globs");
   auto* lru = app.add_option_function<std::string>(
       "--lru", [&options](const std::string& text) { options.lru_bytes = size_of(text); },
-      "Evict what was least recently used until that much is free, as in 1.5GiB");
+      "Evict what was least recently used, evictable or not, until that much more is free, as in 1.5GiB");
   lru->transform(&plain)->type_name("SIZE")->excludes(names);
   app.callback([names, lru] {
     if (names->count() + lru->count() == 0) throw CLI::RequiredError("NAME or --lru SIZE");

@@ -26,7 +26,8 @@ Result<void> print(const std::string& text) {
   const bool is_written =
       std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
   if (is_written || errno == EPIPE) return {};
-  return tl::unexpected<Error>(os_error("write", "standard output", errno));
+  // A full disk is no want of room for arrays, whatever the number says.
+  return tl::unexpected<Error>({Errc::os_failure, os_error("write", "standard output", errno).message});
 }
 
 // What to do about an error whose message leaves that open. By convention a message says it after a
