@@ -68,7 +68,10 @@ void Core::wake_waiters() {
   for (const auto& [set, change] : results.take_changed()) {
     waits.wake({Topic::set_changed, set});
     if (change.has_ended) waits.wake({Topic::set_ended, set});
-    if (change.has_free || change.has_ended) waits.wake({Topic::slot_free, set});
+    // Who waits for a slot is told, too, when none will become free any more.
+    const ResultSetRecord* record = results.get(set);
+    const bool is_over = record == nullptr || record->table.is_settled();
+    if (change.has_free || change.has_ended || is_over) waits.wake({Topic::slot_free, set});
     if (change.is_settled || change.has_ended) waits.wake({Topic::slot_settled, set});
   }
   watch_lease_ends();
