@@ -1,10 +1,20 @@
 #include "cowmgr/array.hpp"
 
+#include <algorithm>
+
 #include <fmt/format.h>
 
 #include "client/handles.hpp"
+#include "proto/checksum.hpp"
+#include "proto/text.hpp"
 
 namespace cowmgr {
+namespace {
+
+constexpr std::size_t kVerifyBytes = std::size_t{8} << 20;  // between two calls of `show`
+
+}  // namespace
+
 namespace detail {
 
 Result<void> check_dtype(const Dtype& dtype, const Dtype& wanted) {
@@ -24,6 +34,17 @@ ArrayImpl::~ArrayImpl() {
   mapping_.reset();
   connection_->forget_mapping(info_.id);
   if (is_ours) connection_->release_view(info_.id);
+}
+
+Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::attach(
+    const std::shared_ptr<Connection>& connection, const std::vector<std::uint64_t>& ids, View view) {
+  const auto reply =
+      connection->call<wire::Arrays>([&](Builder& b) { return wire::CreateAttachDirect(b, nullptr, &ids); });
+  if (!reply) return error_of(reply);
+  auto arrays = map_all(connection, *reply, view);
+  if (arrays && arrays->size() != ids.size())
+    return fail(Errc::protocol_error, "the daemon's answer to an attach is malformed");
+  return arrays;
 }
 
 Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::map_all(
@@ -48,6 +69,7 @@ Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::map_all(
       for (auto rest = i; rest < tables->size(); ++rest) connection->release_view(tables->Get(rest)->id());
       return error_of(std::move(mapping));
     }
+    connection->add_view(info->id);
     arrays.push_back(std::make_unique<ArrayImpl>(connection, *std::move(info), *std::move(mapping), view));
   }
   return arrays;
@@ -62,6 +84,7 @@ WriterImpl::~WriterImpl() {
     return;
   }
   if (is_sealed_) return;
+  connection_->remove_writing(info_.id);
   mapping_ = Mapping();
   reader_.reset();
   (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info_.id); });
@@ -73,17 +96,31 @@ Result<std::unique_ptr<ArrayImpl>> WriterImpl::seal() {
     if (auto ok = mapping_.make_read_only(reader_.get()); !ok) return error_of(std::move(ok));
     is_read_only_ = true;
     reader_.reset();
+    if (wants_checksum_) info_.checksum = checksum_of(data());
   }
-  const auto reply =
-      connection_->call<wire::Arrays>([&](Builder& b) { return wire::CreateSealArray(b, info_.id); });
+  const auto reply = connection_->call<wire::Arrays>(
+      [&](Builder& b) { return wire::CreateSealArray(b, info_.id, info_.checksum); });
+  if (!reply && reply.error().code == Errc::not_holder) {
+    // An earlier daemon may have sealed it before it could say so.
+    auto sealed = ArrayImpl::attach(connection_, {info_.id}, View::shared);
+    if (!sealed) return error_of(reply);
+    is_sealed_ = true;
+    connection_->remove_writing(info_.id);
+    auto mapping = std::make_shared<Mapping>(std::move(mapping_));  // pointers into it stay valid
+    connection_->keep_mapping(info_.id, mapping);
+    sealed->front()->use(std::move(mapping));
+    return std::move(sealed->front());
+  }
   if (!reply) return error_of(reply);
   is_sealed_ = true;
+  connection_->remove_writing(info_.id);
   if ((*reply)->arrays() == nullptr || (*reply)->arrays()->size() != 1)
     return fail(Errc::protocol_error, "the daemon's answer to a seal is malformed");
   auto info = info_of(*(*reply)->arrays()->Get(0));
   if (!info) return error_of(std::move(info));
   auto mapping = std::make_shared<Mapping>(std::move(mapping_));
   connection_->keep_mapping(info_.id, mapping);
+  connection_->add_view(info_.id);
   return std::make_unique<ArrayImpl>(connection_, *std::move(info), std::move(mapping), View::shared);
 }
 
@@ -102,6 +139,9 @@ const std::string& Array::name() const noexcept {
 std::uint64_t Array::version() const noexcept {
   return impl_->info().version;
 }
+std::uint64_t Array::id() const noexcept {
+  return impl_->info().id;
+}
 const ArraySpec& Array::spec() const noexcept {
   return impl_->info().spec;
 }
@@ -110,6 +150,24 @@ std::span<const std::byte> Array::bytes() const noexcept {
 }
 std::span<std::byte> Array::data() const noexcept {
   return impl_->data();
+}
+
+Result<void> Array::verify(const std::function<void(std::uint64_t)>& show) const {
+  const std::uint64_t wanted = impl_->info().checksum;
+  if (wanted == 0)
+    return fail(Errc::unsupported,
+                fmt::format("array {} has no checksum; it takes one when it is put", printable(name())));
+  Checksum checksum;
+  const auto data = bytes();
+  for (std::size_t done = 0; done < data.size();) {
+    const auto piece = data.subspan(done, std::min(kVerifyBytes, data.size() - done));
+    checksum.add(piece);
+    done += piece.size();
+    if (show) show(done);
+  }
+  if (checksum.value() == wanted) return {};
+  return fail(Errc::corrupted, fmt::format("the data of array {} does not match its checksum; put it again",
+                                           printable(name())));
 }
 
 Result<std::span<std::byte>> Array::mutable_bytes() {

@@ -1,5 +1,7 @@
 #include "cowmgr/client.hpp"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -29,18 +31,6 @@ std::string find_socket() {
   return kSystemSocket;
 }
 
-// dtype, shape and order of a request.
-struct WireSpec {
-  Offset<flatbuffers::String> name;
-  Offset<flatbuffers::String> dtype;
-  Offset<flatbuffers::Vector<std::uint64_t>> shape;
-};
-
-WireSpec pack_spec(Builder& builder, std::string_view name, const ArraySpec& spec) {
-  return {builder.CreateString(name.data(), name.size()), builder.CreateString(spec.dtype.str()),
-          builder.CreateVector(spec.shape)};
-}
-
 // Refuses here what the daemon would refuse: strings with NUL do not survive every step.
 Result<void> check(std::string_view name, const ArraySpec& spec) {
   if (auto ok = check_name(name); !ok) return ok;
@@ -50,6 +40,12 @@ Result<void> check(std::string_view name, const ArraySpec& spec) {
 
 EvictReport report_of(const wire::Names& names) {
   return {detail::strings_of(names.names()), names.freed_bytes()};
+}
+
+std::int64_t now_us() {
+  return std::chrono::duration_cast<std::chrono::microseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
 }
 
 // All pages of a listing: `ask(after)` gets one, `append(page)` takes its items.
@@ -69,7 +65,8 @@ Result<void> all_pages(const Ask& ask, const Append& append) {
 Result<Client> Client::connect(const ConnectOptions& options) {
   auto connection =
       detail::Connection::open(options.socket.empty() ? find_socket() : options.socket,
-                               options.command.empty() ? program_invocation_short_name : options.command);
+                               options.command.empty() ? program_invocation_short_name : options.command,
+                               options.reconnect, options.wait);
   if (!connection) return error_of(std::move(connection));
   return Client(*std::move(connection));
 }
@@ -81,12 +78,8 @@ const std::string& Client::socket() const noexcept {
 Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
                                    const CreateOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
-  const auto order = spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c;
-  auto reply = connection_->call<wire::Created>([&](Builder& b) {
-    const auto packed = pack_spec(b, name, spec);
-    return wire::CreateMakeArray(b, packed.name, packed.dtype, packed.shape, order, options.replace,
-                                 options.evictable, options.mode);
-  });
+  const detail::WritingRequest request{std::string(name), spec, options};
+  auto reply = connection_->call<wire::Created>([&](Builder& b) { return pack(b, request); });
   if (!reply) return error_of(std::move(reply));
   if ((*reply)->array() == nullptr || reply->fds().size() != 2)
     return fail(Errc::protocol_error, "the daemon made an array without its memory");
@@ -98,8 +91,10 @@ Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
     (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info->id); });
     return error_of(std::move(mapping));
   }
+  connection_->add_writing(info->id, request);
+  connection_->watch_daemon();
   return ArrayWriter(std::make_unique<detail::WriterImpl>(connection_, *std::move(info), *std::move(mapping),
-                                                          std::move(reply->fds()[1])));
+                                                          std::move(reply->fds()[1]), options.checksum));
 }
 
 Result<Array> Client::put(std::string_view name, const ArraySpec& spec, std::span<const std::byte> data,
@@ -147,9 +142,17 @@ Result<std::vector<Array>> Client::attach(std::span<const std::string> names,
   }
 }
 
+Result<Array> Client::attach_id(std::uint64_t id, View view) const {
+  const std::vector<std::uint64_t> ids = {id};
+  auto arrays = detail::ArrayImpl::attach(connection_, ids, view);
+  if (!arrays) return error_of(std::move(arrays));
+  return Array(std::move(arrays->front()));
+}
+
 Result<EvictReport> Client::evict(std::span<const std::string> patterns) const {
+  const std::int64_t asked_us = now_us();
   const auto reply = connection_->call<wire::Names>([&](Builder& b) {
-    return wire::CreateEvict(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()));
+    return wire::CreateEvict(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()), 0, asked_us);
   });
   if (!reply) return error_of(reply);
   return report_of(**reply);
@@ -203,6 +206,7 @@ Result<std::vector<ArrayInfo>> Client::list(std::string_view pattern) const {
     return {};
   });
   if (!ok) return error_of(std::move(ok));
+  std::ranges::stable_sort(arrays, {}, &ArrayInfo::created);  // each daemon has ids of its own to begin with
   return arrays;
 }
 
@@ -217,6 +221,7 @@ Result<std::vector<ClientInfo>> Client::clients() const {
     return {};
   });
   if (!ok) return error_of(std::move(ok));
+  std::ranges::stable_sort(clients, {}, &ClientInfo::connected);
   return clients;
 }
 
@@ -226,20 +231,43 @@ std::uint32_t lease_ms(const ResultsOptions& options) {
   return static_cast<std::uint32_t>(std::clamp<std::int64_t>(options.lease.count(), 0, UINT32_MAX));
 }
 
+// What both kinds of sets take.
+struct WireTerms {
+  Offset<flatbuffers::String> queue;
+  Offset<flatbuffers::Vector<std::uint8_t>> job;
+};
+
+WireTerms pack_terms(Builder& builder, const ResultsOptions& options) {
+  return {
+      builder.CreateString(options.queue),
+      builder.CreateVector(reinterpret_cast<const std::uint8_t*>(options.job.data()), options.job.size())};
+}
+
+// Refuses here what would not fit a frame.
+Result<void> check(const ResultsOptions& options) {
+  if (options.job.size() <= kMaxJobBytes) return {};
+  return fail(Errc::invalid_argument, fmt::format("a job has at most {} bytes, not {}; put an array for more",
+                                                  kMaxJobBytes, options.job.size()));
+}
+
 }  // namespace
 
 Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec& spec, std::uint64_t slots,
                                          const ResultsOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
+  if (auto ok = check(options); !ok) return error_of(std::move(ok));
   if (spec.order != Order::c)
     return fail(Errc::invalid_argument, "a result set has C order, so that the rows of a slot lie together");
+  const std::uint64_t token = connection_->next_token();
   const auto reply = connection_->call<wire::Results>([&](Builder& b) {
-    const auto packed = pack_spec(b, name, spec);
+    const auto packed = detail::pack_spec(b, name, spec);
+    const auto terms = pack_terms(b, options);
     return wire::CreateMakeResults(b, packed.name, packed.dtype, packed.shape, slots, options.replace,
                                    options.evictable, options.mode, false, options.attempts,
-                                   lease_ms(options), options.is_detached);
+                                   lease_ms(options), options.is_detached, terms.queue, terms.job, token);
   });
   if (!reply) return error_of(reply);
+  connection_->watch_daemon();
   auto set = detail::ResultSetImpl::open(connection_, *reply);
   if (!set) return error_of(std::move(set));
   return ResultSet(*std::move(set));
@@ -248,30 +276,54 @@ Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec&
 Result<ResultSet> Client::create_ragged(std::string_view name, std::uint64_t slots,
                                         const ResultsOptions& options) const {
   if (auto ok = check_name(name); !ok) return error_of(std::move(ok));
+  if (auto ok = check(options); !ok) return error_of(std::move(ok));
+  const std::uint64_t token = connection_->next_token();
   const auto reply = connection_->call<wire::Results>([&](Builder& b) {
     const auto text = b.CreateString(name.data(), name.size());
+    const auto terms = pack_terms(b, options);
     return wire::CreateMakeResults(b, text, 0, 0, slots, options.replace, false, options.mode, true,
-                                   options.attempts, lease_ms(options), options.is_detached);
+                                   options.attempts, lease_ms(options), options.is_detached, terms.queue,
+                                   terms.job, token);
   });
   if (!reply) return error_of(reply);
+  connection_->watch_daemon();
   auto set = detail::ResultSetImpl::open(connection_, *reply);
   if (!set) return error_of(std::move(set));
   return ResultSet(*std::move(set));
 }
 
-Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait) const {
+namespace {
+
+// Asks again until the wait is over: one request waits only so long.
+template <class Build>
+Result<std::shared_ptr<detail::ResultSetImpl>> open_set(const std::shared_ptr<detail::Connection>& connection,
+                                                        Milliseconds wait, const Build& build) {
   const detail::Patience patience(wait);
   for (;;) {
     const std::uint32_t wait_ms = patience.next_ms();
-    const auto reply = connection_->call<wire::Results>([&](Builder& b) {
-      return wire::CreateOpenResults(b, b.CreateString(name.data(), name.size()), wait_ms);
-    });
+    const auto reply = connection->call<wire::Results>([&](Builder& b) { return build(b, wait_ms); });
     if (!reply && reply.error().code == Errc::timed_out && !patience.is_over()) continue;
     if (!reply) return error_of(reply);
-    auto set = detail::ResultSetImpl::open(connection_, *reply);
-    if (!set) return error_of(std::move(set));
-    return ResultSet(*std::move(set));
+    return detail::ResultSetImpl::open(connection, *reply);
   }
+}
+
+}  // namespace
+
+Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait) const {
+  auto set = open_set(connection_, wait, [&](Builder& b, std::uint32_t wait_ms) {
+    return wire::CreateOpenResults(b, b.CreateString(name.data(), name.size()), wait_ms);
+  });
+  if (!set) return error_of(std::move(set));
+  return ResultSet(*std::move(set));
+}
+
+Result<ResultSet> Client::open_queued(std::string_view queue, Milliseconds wait) const {
+  auto set = open_set(connection_, wait, [&](Builder& b, std::uint32_t wait_ms) {
+    return wire::CreateOpenResults(b, 0, wait_ms, b.CreateString(queue.data(), queue.size()));
+  });
+  if (!set) return error_of(std::move(set));
+  return ResultSet(*std::move(set));
 }
 
 Result<std::vector<ResultsInfo>> Client::list_results(std::string_view pattern) const {
@@ -300,8 +352,9 @@ Result<DaemonInfo> Client::ping() const {
   return detail::info_of(**reply);
 }
 
-Result<void> Client::shutdown() const {
-  const auto reply = connection_->call<wire::Done>([](Builder& b) { return wire::CreateShutdown(b); });
+Result<void> Client::shutdown(bool purge) const {
+  const auto reply =
+      connection_->call<wire::Done>([&](Builder& b) { return wire::CreateShutdown(b, purge); });
   if (!reply) return error_of(reply);
   return {};
 }

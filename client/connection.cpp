@@ -1,8 +1,14 @@
 #include "client/connection.hpp"
 
 #include <algorithm>
+#include <array>
 #include <csignal>
 #include <exception>
+#include <fcntl.h>
+#include <poll.h>
+#include <random>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <utility>
 
 #include <fmt/format.h>
@@ -16,22 +22,65 @@ namespace {
 constexpr std::size_t kMaxChannels = 64;   // of one connection; more threads than that wait for each other
 constexpr std::size_t kMaxReleases = 512;  // in one frame
 constexpr auto kFlushPause = std::chrono::milliseconds(1);
+// Between two tries to find a daemon.
+constexpr auto kFirstReconnect = std::chrono::microseconds(2'000);
+constexpr auto kLongestReconnect = std::chrono::microseconds(500'000);
+
+// With all signals blocked: the program's handlers run in the program's threads. Null when none is to be had.
+template <class Work>
+std::unique_ptr<std::thread> start_thread(Work work) noexcept {
+  sigset_t all;
+  sigset_t before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::unique_ptr<std::thread> thread;
+  try {
+    thread = std::make_unique<std::thread>(std::move(work));
+  } catch (const std::exception&) {
+  }
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return thread;
+}
+
+// A channel among those that are being opened, for as long as this object lives.
+class Opening {
+ public:
+  Opening(std::set<const Channel*>& opening, const Channel* channel) : opening_(opening), channel_(channel) {
+    const std::lock_guard lock(pool_mutex());
+    opening_.insert(channel_);
+  }
+  Opening(const Opening&) = delete;
+  Opening& operator=(const Opening&) = delete;
+  ~Opening() {
+    const std::lock_guard lock(pool_mutex());
+    opening_.erase(channel_);
+  }
+
+ private:
+  std::set<const Channel*>& opening_;
+  const Channel* channel_;
+};
 
 }  // namespace
 
 // ---- Channel ----
 
-Channel::Channel(UniqueFd socket)
-    : socket_(std::move(socket)), buffer_(new std::byte[kMaxFrameBytes]), generation_(fork_generation()) {
+Channel::Channel(UniqueFd socket, std::uint64_t epoch)
+    : socket_(std::move(socket)),
+      epoch_(epoch),
+      buffer_(new std::byte[kMaxFrameBytes]),
+      generation_(fork_generation()) {
   close_in_children(socket_.get());
 }
 
 Channel::~Channel() {
   // In a child the number was closed at the fork, and may be another file by now.
-  if (generation_ != fork_generation())
+  if (generation_ != fork_generation()) {
     (void)socket_.release();
-  else
+  } else {
+    shutdown();  // it may be watched through a duplicate
     forget_fd(socket_.get());
+  }
 }
 
 Builder& Channel::builder() noexcept {
@@ -39,8 +88,17 @@ Builder& Channel::builder() noexcept {
   return builder_;
 }
 
+void Channel::shutdown() const noexcept {
+  ::shutdown(socket_.get(), SHUT_RDWR);
+}
+
+UniqueFd Channel::duplicate() const noexcept {
+  return UniqueFd(::fcntl(socket_.get(), F_DUPFD_CLOEXEC, 0));
+}
+
 Result<void> Channel::send() {
   auto sent = send_frame(socket_.get(), bytes_of(builder_));
+  was_sent_ = sent.has_value();
   if (!sent) return error_of(std::move(sent));
   return {};
 }
@@ -67,18 +125,34 @@ Error error_of_failure(const wire::Failure& failure) {
 
 // ---- Connection ----
 
-Result<std::shared_ptr<Connection>> Connection::open(std::string socket, std::string command) {
-  std::shared_ptr<Connection> connection(new Connection(std::move(socket), std::move(command)));
-  auto channel = connection->take();
+Result<std::shared_ptr<Connection>> Connection::open(std::string socket, std::string command,
+                                                     Milliseconds reconnect, Milliseconds wait) {
+  std::shared_ptr<Connection> connection(new Connection(std::move(socket), std::move(command), reconnect));
+  auto channel = connection->find_daemon(0, connection->epoch_, wait);
   if (!channel) return error_of(std::move(channel));
-  connection->put_back(*std::move(channel));
+  const std::lock_guard lock(pool_mutex());
+  connection->begin_with(*std::move(channel));
   return connection;
+}
+
+// The first channel to a daemon. Called with the mutex held.
+void Connection::begin_with(std::unique_ptr<Channel> channel) {
+  forget_fd(watched_.get());
+  watched_ = channel->duplicate();
+  close_in_children(watched_.get());
+  wake_watcher();
+  open_channels_ = 1;
+  idle_.push_back(std::move(channel));
 }
 
 // The thread exists in the parent alone. A condition variable that threads waited for at the fork waits for
 // them for ever, in notify_one() as in its destructor.
 void Connection::leave_threads_to_parent() noexcept {
   (void)flusher_.release();
+  (void)watcher_.release();
+  // Closed in this process already, at the fork.
+  (void)watcher_wake_.release();
+  (void)watched_.release();
   (void)flusher_wake_.release();
   (void)channel_free_.release();
 }
@@ -89,6 +163,9 @@ void Connection::start_over_in_child() noexcept {
   generation_ = fork_generation();
   idle_.clear();
   releases_.clear();
+  busy_.clear();
+  opening_.clear();
+  holdings_ = {};
   leave_threads_to_parent();
   flusher_wake_ = std::make_unique<std::condition_variable>();
   channel_free_ = std::make_unique<std::condition_variable>();
@@ -96,48 +173,185 @@ void Connection::start_over_in_child() noexcept {
   open_channels_ = 0;
   session_ = 0;
   is_lost_ = false;
+  is_reconnecting_ = false;
 }
 
-Result<std::unique_ptr<Channel>> Connection::take() {
+tl::unexpected<Error> Connection::lost() const {
+  return fail(Errc::disconnected,
+              fmt::format("the connection to the daemon at {} is lost; connect again", socket_));
+}
+
+Result<std::unique_ptr<Channel>> Connection::take(bool reconnects) {
+  reconnects = reconnects && reconnect_.count() > 0;
   std::unique_lock lock(pool_mutex());
   start_over_in_child();
-  // The first channel makes the session; until then nobody else can join it.
-  channel_free_->wait(lock, [&] {
-    return is_lost_ || !idle_.empty() || open_channels_ == 0 ||
-           (session_ != 0 && open_channels_ < kMaxChannels);
-  });
-  if (is_lost_) {
-    return fail(Errc::disconnected,
-                fmt::format("the connection to the daemon at {} is lost; connect again", socket_));
+  for (;;) {
+    // The first channel makes the session; until then nobody else can join it.
+    channel_free_->wait(lock, [&] {
+      return is_lost_ || !idle_.empty() || open_channels_ == 0 ||
+             (session_ != 0 && open_channels_ < kMaxChannels);
+    });
+    if (is_lost_ && !reconnects) return lost();
+    if (is_lost_) {
+      if (auto ok = reconnect(lock); !ok) return error_of(std::move(ok));
+      continue;
+    }
+    if (!idle_.empty()) {
+      auto channel = std::move(idle_.back());
+      idle_.pop_back();
+      busy_.insert(channel.get());
+      return channel;
+    }
+    auto channel = add_channel(lock);
+    if (channel) busy_.insert(channel->get());
+    if (channel || !is_lost_) return channel;
+    if (!reconnects) return lost();
   }
-  if (!idle_.empty()) {
-    auto channel = std::move(idle_.back());
-    idle_.pop_back();
-    return channel;
-  }
+}
+
+// Called with the mutex held, which it gives up meanwhile.
+Result<std::unique_ptr<Channel>> Connection::add_channel(std::unique_lock<std::mutex>& lock) {
   ++open_channels_;
   const std::uint64_t session = session_;
+  const std::uint64_t epoch = epoch_;
   lock.unlock();
-  auto channel = open_channel(session);
+  auto channel = open_channel(session, false, epoch);
   lock.lock();
-  if (!channel) --open_channels_;
-  channel_free_->notify_one();
+  channel_free_->notify_all();
+  if (channel || epoch != epoch_) return channel;
+  --open_channels_;
+  // A daemon that is gone does not answer; the next one does not know the session.
+  const Errc code = channel.error().code;
+  is_lost_ = is_lost_ || code == Errc::no_daemon || code == Errc::disconnected ||
+             (session != 0 && code == Errc::permission_denied);
   return channel;
 }
 
-Result<std::unique_ptr<Channel>> Connection::open_channel(std::uint64_t session) {
+// ---- When the daemon went away ----
+
+// Called with the mutex held, which it gives up meanwhile. One thread looks for the next daemon, the others
+// wait.
+Result<void> Connection::reconnect(std::unique_lock<std::mutex>& lock) {
+  if (is_reconnecting_) {
+    channel_free_->wait(lock, [&] { return !is_reconnecting_; });
+    return {};
+  }
+  is_reconnecting_ = true;
+  const std::uint64_t epoch = ++epoch_;
+  const std::uint64_t session = session_;
+  auto old = std::exchange(idle_, {});
+  for (const Channel* channel : busy_) channel->shutdown();
+  channel_free_->wait(lock, [&] { return busy_.empty() || epoch != epoch_; });
+  lock.unlock();
+  old.clear();
+  auto channel = find_daemon(session, epoch, reconnect_);
+  lock.lock();
+  if (epoch != epoch_) return {};  // in a child that was forked meanwhile, or it began once more
+  is_reconnecting_ = false;
+  channel_free_->notify_all();
+  if (!channel) {
+    // A program that had a daemon asks why it has none.
+    Error error = std::move(channel).error();
+    if (error.code == Errc::no_daemon) error.code = Errc::disconnected;
+    return tl::unexpected(std::move(error));
+  }
+  begin_with(*std::move(channel));
+  is_lost_ = false;
+  if (!releases_.empty()) wake_flusher();  // of what was given up since the daemon was told of it
+  return {};
+}
+
+Result<std::unique_ptr<Channel>> Connection::find_daemon(std::uint64_t session, std::uint64_t epoch,
+                                                         Milliseconds patience) {
+  const Patience until(patience);
+  std::minstd_rand random(std::random_device{}());
+  for (auto pause = kFirstReconnect;; pause = std::min(pause * 2, kLongestReconnect)) {
+    auto channel = open_channel(session, session != 0, epoch);
+    if (channel) {
+      if (session == 0 || say_what_is_held(**channel)) return channel;
+      channel = fail(Errc::disconnected, fmt::format("the daemon at {} went away again", socket_));
+    }
+    const Errc code = channel.error().code;
+    if ((code != Errc::no_daemon && code != Errc::disconnected) || patience.count() == 0) return channel;
+    if (until.is_over()) {
+      return fail(code, fmt::format("{}; none came within {} ms", channel.error().message, patience.count()));
+    }
+    // With jitter: of many clients that lost the same daemon, each comes at a time of its own.
+    const auto jitter = std::uniform_int_distribution<std::int64_t>(pause.count() / 2, pause.count())(random);
+    std::unique_lock lock(pool_mutex());
+    if (is_closing_) return channel;
+    channel_free_->wait_for(lock, std::min<std::chrono::microseconds>(std::chrono::microseconds(jitter),
+                                                                      Milliseconds(until.next_ms())));
+  }
+}
+
+// Nobody is between a reply and what it brings: what is held now is all that there is.
+Result<void> Connection::say_what_is_held(Channel& channel) {
+  Holdings held;
+  {
+    const std::lock_guard lock(pool_mutex());
+    releases_.clear();  // this daemon does not hear of them in the first place
+    held = holdings_;
+  }
+  return held.tell([&]() -> Builder& { return channel.builder(); },
+                   [&](Offset<wire::Hold> table) -> Result<void> {
+                     channel.finish(table);
+                     const auto reply = channel.exchange();
+                     if (!reply) return error_of(reply);
+                     return {};
+                   });
+}
+
+void Connection::add_view(std::uint64_t id) {
+  const std::lock_guard lock(pool_mutex());
+  ++holdings_.views[id];
+}
+
+void Connection::add_writing(std::uint64_t id, WritingRequest request) {
+  const std::lock_guard lock(pool_mutex());
+  holdings_.writing.insert_or_assign(id, std::move(request));
+}
+
+void Connection::remove_writing(std::uint64_t id) noexcept {
+  const std::lock_guard lock(pool_mutex());
+  holdings_.writing.erase(id);
+}
+
+void Connection::add_slots(std::uint64_t set, std::span<const wire::SlotLease* const> slots) {
+  const std::lock_guard lock(pool_mutex());
+  auto& held = holdings_.slots[set];
+  for (const auto* lease : slots) held[lease->slot()] = lease->attempt();
+}
+
+void Connection::remove_slot(std::uint64_t set, std::uint64_t slot) noexcept {
+  const std::lock_guard lock(pool_mutex());
+  const auto at = holdings_.slots.find(set);
+  if (at == holdings_.slots.end()) return;
+  at->second.erase(slot);
+  if (at->second.empty()) holdings_.slots.erase(at);
+}
+
+std::uint64_t Connection::next_token() noexcept {
+  const std::lock_guard lock(pool_mutex());
+  return ++last_token_;
+}
+
+Result<std::unique_ptr<Channel>> Connection::open_channel(std::uint64_t session, bool resumes,
+                                                          std::uint64_t epoch) {
   auto socket = connect_to(socket_);
   if (!socket) return error_of(std::move(socket));
-  auto channel = std::make_unique<Channel>(*std::move(socket));
-  channel->finish(wire::CreateHelloDirect(channel->builder(), kProtocolVersion, command_.c_str(), session));
+  auto channel = std::make_unique<Channel>(*std::move(socket), epoch);
+  const Opening opening(opening_, channel.get());
+  channel->finish(
+      wire::CreateHelloDirect(channel->builder(), kProtocolVersion, command_.c_str(), session, resumes));
   const auto reply = channel->exchange();
   if (!reply) return error_of(reply);
   if (const auto* failure = (*reply)->body_as_Failure()) return tl::unexpected(error_of_failure(*failure));
   const auto* welcome = (*reply)->body_as_Welcome();
   if (welcome == nullptr) return fail(Errc::protocol_error, "the daemon does not greet");
-  if (session == 0) {
+  if (session == 0 || resumes) {
     const std::lock_guard lock(pool_mutex());
-    session_ = welcome->session();
+    if (epoch == epoch_) session_ = welcome->session();
   }
   return channel;
 }
@@ -145,8 +359,13 @@ Result<std::unique_ptr<Channel>> Connection::open_channel(std::uint64_t session)
 void Connection::put_back(std::unique_ptr<Channel> channel) noexcept {
   const std::lock_guard lock(pool_mutex());
   if (generation_ != fork_generation()) return;  // a channel of the parent, in a child
-  idle_.push_back(std::move(channel));
-  channel_free_->notify_one();
+  busy_.erase(channel.get());
+  if (channel->epoch() == epoch_) {
+    idle_.push_back(std::move(channel));
+    channel_free_->notify_one();
+  } else {
+    channel_free_->notify_all();  // who reconnects waits for it
+  }
 }
 
 tl::unexpected<Error> Connection::give_up(std::unique_ptr<Channel> channel, Error error,
@@ -160,23 +379,33 @@ tl::unexpected<Error> Connection::give_up(std::unique_ptr<Channel> channel, Erro
     wake_flusher();
     return tl::unexpected(std::move(error));
   }
-  channel.reset();
+  const std::uint64_t epoch = channel->epoch();
+  Channel* const address = channel.get();
   if (error.code == Errc::disconnected)
-    error.message = fmt::format("the daemon at {} went away; connect again when it is back", socket_);
+    error.message =
+        fmt::format("the daemon at {} went away; whether the request was carried out is not known", socket_);
   const std::lock_guard lock(pool_mutex());
+  if (generation_ != fork_generation()) return tl::unexpected(std::move(error));
+  busy_.erase(address);
+  channel.reset();
+  if (epoch != epoch_) {
+    channel_free_->notify_all();
+    return tl::unexpected(std::move(error));  // somebody looks for another daemon already
+  }
   --open_channels_;
   // The session ended with the daemon, or with its last channel.
   is_lost_ = is_lost_ || error.code == Errc::disconnected || open_channels_ == 0;
-  if (is_lost_) releases_.clear();  // or the flusher would go on trying
   channel_free_->notify_all();
   return tl::unexpected(std::move(error));
 }
 
 void Connection::release_view(std::uint64_t id) noexcept {
   const std::lock_guard lock(pool_mutex());
-  if (generation_ != fork_generation() || is_lost_) return;
+  if (generation_ != fork_generation()) return;
+  auto& views = holdings_.views;
+  if (const auto at = views.find(id); at != views.end() && --at->second == 0) views.erase(at);
   releases_.push_back(id);
-  wake_flusher();
+  if (!is_lost_) wake_flusher();
 }
 
 // Called with the mutex held.
@@ -188,18 +417,9 @@ void Connection::wake_flusher() noexcept {
     flusher_wake_->notify_one();
 }
 
-// With all signals blocked: the program's handlers run in the program's threads.
+// Without a thread, what was released goes with the next request.
 void Connection::start_flusher() noexcept {
-  sigset_t all;
-  sigset_t before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  try {
-    flusher_ = std::make_unique<std::thread>([this] { flush_releases(); });
-  } catch (const std::exception&) {
-    // No thread to be had: what was released goes with the next request.
-  }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  flusher_ = start_thread([this] { flush_releases(); });
 }
 
 std::vector<std::uint64_t> Connection::take_releases() {
@@ -208,6 +428,48 @@ std::vector<std::uint64_t> Connection::take_releases() {
   std::vector<std::uint64_t> ids(releases_.end() - static_cast<std::ptrdiff_t>(count), releases_.end());
   releases_.resize(releases_.size() - count);
   return ids;
+}
+
+// ---- Watching the daemon ----
+
+void Connection::watch_daemon() noexcept {
+  const std::lock_guard lock(pool_mutex());
+  if (!watcher_ && reconnect_.count() > 0 && generation_ == fork_generation()) start_watcher();
+}
+
+void Connection::start_watcher() noexcept {
+  watcher_wake_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!watcher_wake_) return;
+  close_in_children(watcher_wake_.get());
+  watcher_ = start_thread([this] { watch(); });
+}
+
+void Connection::wake_watcher() const noexcept {
+  if (watcher_) (void)::eventfd_write(watcher_wake_.get(), 1);
+}
+
+// Waits for the end of a channel's other side, without taking what comes from there. A daemon that does not
+// come back in time is looked for again by the next call.
+void Connection::watch() {
+  std::unique_lock lock(pool_mutex());
+  bool has_given_up = false;
+  while (!is_closing_) {
+    if (is_lost_ && !has_given_up) {
+      has_given_up = !reconnect(lock);
+      continue;
+    }
+    if (!is_lost_) has_given_up = false;
+    const std::uint64_t epoch = epoch_;
+    const bool is_watching = !is_lost_ && !is_reconnecting_;
+    std::array<pollfd, 2> polled = {pollfd{watcher_wake_.get(), POLLIN, 0},
+                                    pollfd{is_watching ? watched_.get() : -1, POLLRDHUP, 0}};
+    lock.unlock();
+    (void)::poll(polled.data(), polled.size(), -1);
+    eventfd_t count = 0;
+    (void)::eventfd_read(watcher_wake_.get(), &count);
+    lock.lock();
+    if (polled[1].revents != 0 && epoch == epoch_) is_lost_ = true;
+  }
 }
 
 // Looks once in kFlushPause while views come and go, and rests when none did: waking it for each release
@@ -219,7 +481,7 @@ void Connection::flush_releases() {
     const bool was_empty = releases_.empty();
     flusher_wake_->wait_for(lock, kFlushPause, [&] { return is_closing_; });
     if (is_closing_ || release_count_ != seen) continue;  // still busy: the next request takes them along
-    if (!was_empty && !releases_.empty()) {
+    if (!was_empty && !releases_.empty() && !is_lost_) {
       lock.unlock();
       notify([](Builder& b) { return wire::CreateRelease(b); });
       lock.lock();
@@ -236,13 +498,19 @@ Connection::~Connection() {
     leave_threads_to_parent();
     return;
   }
-  if (!flusher_) return;
   {
     const std::lock_guard lock(pool_mutex());
     is_closing_ = true;
+    for (const Channel* channel : opening_) channel->shutdown();
+    wake_watcher();
+    channel_free_->notify_all();
+    flusher_wake_->notify_one();
+    forget_fd(watched_.get());
   }
-  flusher_wake_->notify_one();
-  flusher_->join();
+  if (flusher_) flusher_->join();
+  if (!watcher_) return;
+  watcher_->join();
+  forget_fd(watcher_wake_.get());
 }
 
 Result<std::shared_ptr<Mapping>> Connection::map_shared(std::uint64_t id, int fd, std::uint64_t size_bytes) {

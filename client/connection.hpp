@@ -4,6 +4,12 @@
 //    not wait for each other; all channels of a process belong to one session.
 // 2. What the daemon counts (views, slots, writers) belongs to the session, not to a channel.
 // 3. A forked child starts over with no channel and no session; see fork_guard.hpp.
+// 4. When the daemon went away, the next call connects to the one that took its place, says what this process
+//    has (holdings.hpp), and sends again what was under way. Before it says so, every call to the old daemon
+//    has come to its end, and what its reply brought is among what the process has: so no call is made while
+//    the reply to another is still in hand.
+// 5. Who has something that a daemon keeps for a grace period only, a slot above all, may compute for longer
+//    than that without a call: then a thread looks for the next daemon.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +19,15 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "client/fork_guard.hpp"
+#include "client/holdings.hpp"
 #include "cowmgr/info.hpp"
 #include "proto/errors.hpp"
 #include "proto/fd_socket.hpp"
@@ -28,16 +37,27 @@
 
 namespace cowmgr::detail {
 
-using Builder = flatbuffers::FlatBufferBuilder;
-template <class T>
-using Offset = flatbuffers::Offset<T>;
+// Whether a request is sent again when the daemon went away: the next one does not do twice what the last has
+// done. What ends something is not: it is left out of what the next daemon is told that this process has.
+template <class Table>
+inline constexpr bool kIsSentAgain = true;
+template <>
+inline constexpr bool kIsSentAgain<wire::AbortArray> = false;
+template <>
+inline constexpr bool kIsSentAgain<wire::GiveBackSlots> = false;
+template <>
+inline constexpr bool kIsSentAgain<wire::Unmapped> = false;
+template <>
+inline constexpr bool kIsSentAgain<wire::Release> = false;
+template <>
+inline constexpr bool kIsSentAgain<wire::Shutdown> = false;
 
 [[nodiscard]] Error error_of_failure(const wire::Failure& failure);
 
 // A socket with the buffers of the request and the reply that it carries.
 class Channel {
  public:
-  explicit Channel(UniqueFd socket);
+  Channel(UniqueFd socket, std::uint64_t epoch);
   ~Channel();
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
@@ -45,10 +65,10 @@ class Channel {
   // Starts a request; finish it with send() or exchange().
   [[nodiscard]] Builder& builder() noexcept;
   template <class Table>
-  void finish(Offset<Table> table, const std::vector<std::uint64_t>& released = {}) {
+  void finish(Offset<Table> table, const std::vector<std::uint64_t>& released = {}, bool is_again = false) {
     const auto ids = released.empty() ? 0 : builder_.CreateVector(released);
-    builder_.Finish(
-        wire::CreateRequest(builder_, wire::RequestBodyTraits<Table>::enum_value, table.Union(), ids));
+    builder_.Finish(wire::CreateRequest(builder_, wire::RequestBodyTraits<Table>::enum_value, table.Union(),
+                                        ids, is_again));
   }
 
   // Sends what was finished; blocks while the daemon has no room for it.
@@ -57,9 +77,18 @@ class Channel {
   // cannot be used any more.
   [[nodiscard]] Result<const wire::Reply*> exchange();
   [[nodiscard]] std::vector<UniqueFd> take_fds() noexcept { return std::move(fds_); }
+  // Whether the last request may have reached the daemon.
+  [[nodiscard]] bool was_sent() const noexcept { return was_sent_; }
+  [[nodiscard]] std::uint64_t epoch() const noexcept { return epoch_; }
+  // Ends an exchange() of another thread: with the reply, if it is there already.
+  void shutdown() const noexcept;
+  // Another descriptor of the socket, to be told of its end by.
+  [[nodiscard]] UniqueFd duplicate() const noexcept;
 
  private:
   UniqueFd socket_;
+  bool was_sent_ = false;
+  std::uint64_t epoch_;
   Builder builder_;
   std::unique_ptr<std::byte[]> buffer_;
   std::vector<UniqueFd> fds_;
@@ -69,7 +98,8 @@ class Channel {
 class Connection {
  public:
   // Connects and says Hello. Errors: as Client::connect.
-  [[nodiscard]] static Result<std::shared_ptr<Connection>> open(std::string socket, std::string command);
+  [[nodiscard]] static Result<std::shared_ptr<Connection>> open(std::string socket, std::string command,
+                                                                Milliseconds reconnect, Milliseconds wait);
 
   // The reply to a call; its tables and descriptors are valid while this object lives, which keeps the
   // channel busy: let go of it soon.
@@ -97,16 +127,34 @@ class Connection {
     std::vector<UniqueFd> fds_;
   };
 
-  // One request and its reply of the type `Body`. `build` gets a builder and returns the request's table.
-  // Blocks until the reply is there. Errors: what the daemon answered, disconnected, protocol_error.
+  // One request and its reply of the type `Body`. `build` gets a builder and returns the request's table; it
+  // is called again when the request is sent again. Blocks until the reply is there. Errors: what the daemon
+  // answered, disconnected, protocol_error.
   template <class Body, class Build>
   [[nodiscard]] Result<Reply<Body>> call(const Build& build) {
-    auto channel = take();
+    bool is_again = false;
+    for (;;) {
+      bool may_try_again = false;
+      auto reply = try_call<Body>(build, is_again, may_try_again);
+      if (reply || !may_try_again) return reply;
+    }
+  }
+
+ private:
+  template <class Body, class Build>
+  [[nodiscard]] Result<Reply<Body>> try_call(const Build& build, bool& is_again, bool& may_try_again) {
+    using Table = typename TableOf<std::invoke_result_t<Build, Builder&>>::Type;
+    auto channel = take(kIsSentAgain<Table>);
     if (!channel) return error_of(std::move(channel));
     const auto released = take_releases();
-    (*channel)->finish(build((*channel)->builder()), released);
+    (*channel)->finish(build((*channel)->builder()), released, is_again);
     const auto reply = (*channel)->exchange();
-    if (!reply) return give_up(*std::move(channel), reply.error(), released);
+    if (!reply) {
+      may_try_again =
+          kIsSentAgain<Table> && reconnect_.count() > 0 && reply.error().code == Errc::disconnected;
+      is_again = is_again || (*channel)->was_sent();
+      return give_up(*std::move(channel), reply.error(), released);
+    }
     if (const auto* failure = (*reply)->body_as_Failure()) {
       Error error = error_of_failure(*failure);
       put_back(*std::move(channel));
@@ -119,10 +167,11 @@ class Connection {
     return Reply<Body>(*this, *std::move(channel), body);
   }
 
+ public:
   // A request that has no reply. Errors are not told: the daemon is gone, and what was held with it.
   template <class Build>
   void notify(const Build& build) {
-    auto channel = take();
+    auto channel = take(false);
     if (!channel) return;
     (*channel)->finish(build((*channel)->builder()), take_releases());
     if (auto sent = (*channel)->send(); sent)
@@ -135,6 +184,18 @@ class Connection {
   // there is none. A message for each would double the cost of looking at an array (`./dev bench`). Never
   // blocks.
   void release_view(std::uint64_t id) noexcept;
+  // This process has a view of `id`. Each is given up with release_view().
+  void add_view(std::uint64_t id);
+  // This process writes the array `id`, which it asked for with `request`; or no more.
+  void add_writing(std::uint64_t id, WritingRequest request);
+  void remove_writing(std::uint64_t id) noexcept;
+  // This process has leased these slots of a set; or one no more.
+  void add_slots(std::uint64_t set, std::span<const wire::SlotLease* const> slots);
+  void remove_slot(std::uint64_t set, std::uint64_t slot) noexcept;
+  // This process has something now that it must come back to in time when the daemon goes away.
+  void watch_daemon() noexcept;
+  // A number for a request that must not be carried out twice: the same when it is sent again.
+  [[nodiscard]] std::uint64_t next_token() noexcept;
 
   // The mapping that this process has of the array `id`, or a new one of `fd`.
   [[nodiscard]] Result<std::shared_ptr<Mapping>> map_shared(std::uint64_t id, int fd,
@@ -150,11 +211,29 @@ class Connection {
   Connection& operator=(const Connection&) = delete;
 
  private:
-  Connection(std::string socket, std::string command)
-      : socket_(std::move(socket)), command_(std::move(command)) {}
+  Connection(std::string socket, std::string command, Milliseconds reconnect)
+      : socket_(std::move(socket)), command_(std::move(command)), reconnect_(reconnect) {}
 
-  [[nodiscard]] Result<std::unique_ptr<Channel>> take();
-  [[nodiscard]] Result<std::unique_ptr<Channel>> open_channel(std::uint64_t session);
+  template <class OffsetType>
+  struct TableOf;
+  template <class Table>
+  struct TableOf<Offset<Table>> {
+    using Type = Table;
+  };
+
+  // A channel for one request. With `reconnects` it looks for another daemon when this one is lost.
+  [[nodiscard]] Result<std::unique_ptr<Channel>> take(bool reconnects);
+  [[nodiscard]] Result<std::unique_ptr<Channel>> add_channel(std::unique_lock<std::mutex>& lock);
+  // Opens the connection with Hello: in a new session (0), in one that this process has, or, with `resumes`,
+  // in one that it had with an earlier daemon.
+  [[nodiscard]] Result<std::unique_ptr<Channel>> open_channel(std::uint64_t session, bool resumes,
+                                                              std::uint64_t epoch);
+  [[nodiscard]] Result<void> reconnect(std::unique_lock<std::mutex>& lock);
+  [[nodiscard]] Result<std::unique_ptr<Channel>> find_daemon(std::uint64_t session, std::uint64_t epoch,
+                                                             Milliseconds patience);
+  [[nodiscard]] Result<void> say_what_is_held(Channel& channel);
+  [[nodiscard]] tl::unexpected<Error> lost() const;
+  void begin_with(std::unique_ptr<Channel> channel);
   void put_back(std::unique_ptr<Channel> channel) noexcept;
   // A request failed, and the releases that it carried with it. A channel that is still good is put back.
   [[nodiscard]] tl::unexpected<Error> give_up(std::unique_ptr<Channel> channel, Error error,
@@ -164,17 +243,26 @@ class Connection {
   [[nodiscard]] std::vector<std::uint64_t> take_releases();
   void wake_flusher() noexcept;
   void start_flusher() noexcept;
+  void start_watcher() noexcept;
+  void watch();
+  void wake_watcher() const noexcept;
   void flush_releases();
 
   const std::string socket_;
   const std::string command_;
+  const Milliseconds reconnect_;
 
   // All below is guarded by pool_mutex().
   std::vector<std::unique_ptr<Channel>> idle_;
+  std::set<Channel*> busy_;               // taken; of this epoch, or, until all of them are back, of the last
   std::vector<std::uint64_t> releases_;   // not told yet
   std::unique_ptr<std::thread> flusher_;  // from the first release on
   std::unique_ptr<std::condition_variable> flusher_wake_ = std::make_unique<std::condition_variable>();
   std::uint64_t release_count_ = 0;
+  std::unique_ptr<std::thread> watcher_;  // from the first watch_daemon() on
+  UniqueFd watcher_wake_;                 // eventfd(2)
+  UniqueFd watched_;                      // of a channel of this epoch
+  std::set<const Channel*> opening_;      // channels that say Hello just now
   bool is_flusher_resting_ = false;
   bool is_closing_ = false;
   std::unordered_map<std::uint64_t, std::weak_ptr<Mapping>> mappings_;
@@ -182,7 +270,11 @@ class Connection {
   std::unique_ptr<std::condition_variable> channel_free_ = std::make_unique<std::condition_variable>();
   std::uint64_t session_ = 0;  // 0: none yet
   std::uint64_t generation_ = fork_generation();
-  bool is_lost_ = false;  // the session ended
+  std::uint64_t epoch_ = 1;
+  std::uint64_t last_token_ = 0;
+  Holdings holdings_;
+  bool is_lost_ = false;          // the session ended
+  bool is_reconnecting_ = false;  // some thread is at it
 };
 
 // How long one request may wait in the daemon; longer waits ask again.

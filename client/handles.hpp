@@ -44,8 +44,13 @@ class ArrayImpl {
 
   [[nodiscard]] const ArrayInfo& info() const noexcept { return info_; }
   [[nodiscard]] View view() const noexcept { return view_; }
+  // Another mapping of the same array takes the place of this one's.
+  void use(std::shared_ptr<Mapping> mapping) noexcept { mapping_ = std::move(mapping); }
   [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(*mapping_, info_.data_bytes); }
 
+  // Views of the versions with these ids.
+  [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(
+      const std::shared_ptr<Connection>& connection, const std::vector<std::uint64_t>& ids, View view);
   // A view for each array of a reply to Attach or SealArray.
   [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> map_all(
       const std::shared_ptr<Connection>& connection, const Connection::Reply<wire::Arrays>& reply, View view);
@@ -60,11 +65,13 @@ class ArrayImpl {
 
 class WriterImpl {
  public:
-  WriterImpl(std::shared_ptr<Connection> connection, ArrayInfo info, Mapping mapping, UniqueFd reader)
+  WriterImpl(std::shared_ptr<Connection> connection, ArrayInfo info, Mapping mapping, UniqueFd reader,
+             bool wants_checksum)
       : connection_(std::move(connection)),
         info_(std::move(info)),
         mapping_(std::move(mapping)),
-        reader_(std::move(reader)) {}
+        reader_(std::move(reader)),
+        wants_checksum_(wants_checksum) {}
   WriterImpl(const WriterImpl&) = delete;
   WriterImpl& operator=(const WriterImpl&) = delete;
   ~WriterImpl();
@@ -78,6 +85,7 @@ class WriterImpl {
   ArrayInfo info_;
   Mapping mapping_;
   UniqueFd reader_;  // O_RDONLY, for the mapping that takes the place of the writable one
+  bool wants_checksum_;
   bool is_read_only_ = false;
   bool is_sealed_ = false;
   std::uint64_t generation_ = fork_generation();
@@ -109,8 +117,11 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
     std::uint32_t pace_ms = 0;  // no answer before, unless the set has ended
   };
   [[nodiscard]] Result<ResultsInfo> ask(const Wait& wait) const;
-  [[nodiscard]] Result<void> cancel() const;
-  [[nodiscard]] Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(std::vector<std::uint64_t> ids) const;
+  [[nodiscard]] Result<void> cancel(bool forget) const;
+  [[nodiscard]] Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(
+      const std::vector<std::uint64_t>& ids) const {
+    return ArrayImpl::attach(connection_, ids, View::shared);
+  }
 
   // How many slots a request shall bring.
   struct Batch {
@@ -130,8 +141,10 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
   };
   // Commits `done`, whose values fit a frame, and leases `next` slots, or none for 0. The slots are spent.
   [[nodiscard]] Result<Committed> commit(Slots& done, const Batch& next);
-  [[nodiscard]] Result<void> fail(SlotImpl& slot, std::string_view message);
+  [[nodiscard]] Result<void> fail(SlotImpl& slot, std::string_view message, Retry retry);
   void give_back(SlotImpl& slot) noexcept;
+  // The slot is not leased to this process any more.
+  void forget(std::uint64_t slot) const noexcept;
   [[nodiscard]] Result<void> allocate(SlotImpl& slot, const ArraySpec& spec);
 
  private:
@@ -181,6 +194,7 @@ class SlotImpl {
     UniqueFd reader;  // O_RDONLY, for the mapping that takes the place of the writable one
   };
   [[nodiscard]] Result<void> make_read_only();
+  void let_go() noexcept;
   void spend() noexcept;
 
   std::shared_ptr<ResultSetImpl> set_;

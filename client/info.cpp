@@ -25,8 +25,7 @@ Result<ArraySpec> spec_of(const flatbuffers::String* dtype_text,
 }  // namespace
 
 Result<ArrayInfo> info_of(const wire::ArrayInfo& table) {
-  const Order order = table.order() == wire::ByteOrder::fortran ? Order::fortran : Order::c;
-  auto spec = spec_of(table.dtype(), table.shape(), order, table.data_bytes());
+  auto spec = spec_of(table.dtype(), table.shape(), order_of(table.order()), table.data_bytes());
   if (!spec) return error_of(std::move(spec));
   return ArrayInfo{.id = table.id(),
                    .name = std::string(view_of(table.name())),
@@ -46,7 +45,8 @@ Result<ArrayInfo> info_of(const wire::ArrayInfo& table) {
                    .created = time_of(table.created_us()),
                    .sealed = time_of(table.sealed_us()),
                    .last_used = time_of(table.last_used_us()),
-                   .writer_pid = table.writer_pid()};
+                   .writer_pid = table.writer_pid(),
+                   .checksum = table.checksum()};
 }
 
 Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
@@ -73,6 +73,7 @@ Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
   info.is_detached = table.detached();
   info.value_bytes = table.value_bytes();
   info.segment = view_of(table.segment());
+  info.queue = view_of(table.queue());
   if (table.holders() != nullptr) info.holders.assign(table.holders()->begin(), table.holders()->end());
   return info;
 }

@@ -12,14 +12,6 @@
 
 namespace cowmgr {
 namespace detail {
-namespace {
-
-constexpr std::size_t kMaxReasonBytes = 4096;      // of a failure's message: the daemon keeps no more
-constexpr std::uint32_t kArrayValue = UINT32_MAX;  // in CommitSlots: the array that was allocated
-constexpr std::uint32_t kMaxBatch = 4096;          // slots of one request
-
-}  // namespace
-
 // ---- ResultSetImpl ----
 
 Result<std::shared_ptr<ResultSetImpl>> ResultSetImpl::open(std::shared_ptr<Connection> connection,
@@ -50,21 +42,11 @@ Result<ResultsInfo> ResultSetImpl::ask(const Wait& wait) const {
   return info_of(*(*reply)->sets()->Get(0));
 }
 
-Result<void> ResultSetImpl::cancel() const {
-  const auto reply =
-      connection_->call<wire::Done>([&](Builder& b) { return wire::CreateCancelResults(b, info_.id); });
+Result<void> ResultSetImpl::cancel(bool forget) const {
+  const auto reply = connection_->call<wire::Done>(
+      [&](Builder& b) { return wire::CreateCancelResults(b, info_.id, forget); });
   if (!reply) return error_of(reply);
   return {};
-}
-
-Result<std::vector<std::unique_ptr<ArrayImpl>>> ResultSetImpl::attach(std::vector<std::uint64_t> ids) const {
-  const auto reply =
-      connection_->call<wire::Arrays>([&](Builder& b) { return wire::CreateAttachDirect(b, nullptr, &ids); });
-  if (!reply) return error_of(reply);
-  auto arrays = ArrayImpl::map_all(connection_, *reply, View::shared);
-  if (arrays && arrays->size() != ids.size())
-    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to an attach is malformed");
-  return arrays;
 }
 
 Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milliseconds wait) {
@@ -100,9 +82,12 @@ Result<Slots> ResultSetImpl::take_slots(const LeaseReply& reply, std::shared_ptr
     }
     mapping = *std::move(mapped);
   }
+  const std::vector<const wire::SlotLease*> leases(reply->slots()->begin(), reply->slots()->end());
+  connection_->add_slots(info_.id, leases);
+  connection_->watch_daemon();
   Slots slots;
-  slots.reserve(reply->slots()->size());
-  for (const auto* lease : *reply->slots())
+  slots.reserve(leases.size());
+  for (const auto* lease : leases)
     slots.push_back(std::make_unique<SlotImpl>(shared_from_this(), *lease, mapping));
   return slots;
 }
@@ -193,18 +178,23 @@ Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch&
   return committed;
 }
 
-Result<void> ResultSetImpl::fail(SlotImpl& slot, std::string_view message) {
+Result<void> ResultSetImpl::fail(SlotImpl& slot, std::string_view message, Retry retry) {
   if (auto ok = slot.check_usable(); !ok) return ok;
   const std::lock_guard lock(ending_);
-  slot.spend();
+  slot.let_go();
   const bool keeps_mapping = is_mapped();
   const auto reply = connection_->call<wire::Done>([&](Builder& b) {
     return wire::CreateFailSlot(b, info_.id, slot.index(),
                                 b.CreateString(message.data(), std::min(message.size(), kMaxReasonBytes)),
-                                keeps_mapping, slot.attempt());
+                                keeps_mapping, slot.attempt(), retry == Retry::never);
   });
+  slot.spend();
   if (!reply) return error_of(reply);
   return {};
+}
+
+void ResultSetImpl::forget(std::uint64_t slot) const noexcept {
+  connection_->remove_slot(info_.id, slot);
 }
 
 void ResultSetImpl::give_back(SlotImpl& slot) noexcept {
@@ -225,9 +215,8 @@ Result<void> ResultSetImpl::allocate(SlotImpl& slot, const ArraySpec& spec) {
                         "the slots of a dense set are rows of its array: write there");
   slot.allocation_.reset();
   auto reply = connection_->call<wire::Created>([&](Builder& b) {
-    return wire::CreateAllocateSlotDirect(
-        b, info_.id, slot.index(), spec.dtype.str().c_str(), &spec.shape,
-        spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c, slot.attempt());
+    return wire::CreateAllocateSlotDirect(b, info_.id, slot.index(), spec.dtype.str().c_str(), &spec.shape,
+                                          order_of(spec.order), slot.attempt());
   });
   if (!reply) return error_of(reply);
   if ((*reply)->array() == nullptr || reply->fds().size() != 2)
@@ -264,12 +253,17 @@ Result<void> SlotImpl::check_usable() const {
   return {};
 }
 
-// The memory goes, the array included that was not committed; the handle stays.
-void SlotImpl::spend() noexcept {
-  is_spent_ = true;
+// The memory goes, the array included that was not committed; the handle stays, and the slot is still leased.
+void SlotImpl::let_go() noexcept {
   mapping_.reset();
   allocation_.reset();
   value_.clear();
+}
+
+void SlotImpl::spend() noexcept {
+  is_spent_ = true;
+  let_go();
+  set_->forget(index_);
 }
 
 Rows SlotImpl::rows() const noexcept {
@@ -353,8 +347,8 @@ Result<void> Slot::allocate(const ArraySpec& spec) {
 Result<void> Slot::set_value(std::span<const std::byte> value) {
   return impl_->set_value(value);
 }
-Result<void> Slot::fail(std::string_view message) {
-  return impl_->set()->fail(*impl_, message);
+Result<void> Slot::fail(std::string_view message, Retry retry) {
+  return impl_->set()->fail(*impl_, message, retry);
 }
 
 namespace {
@@ -405,6 +399,10 @@ std::uint64_t ResultSet::slots() const noexcept {
   return impl_->info().slots;
 }
 
+std::span<const std::byte> ResultSet::job() const noexcept {
+  return impl_->table().job();
+}
+
 Result<std::optional<Slot>> ResultSet::lease(Milliseconds wait) {
   auto slots = impl_->lease(-1, {}, wait);
   if (!slots) return error_of(std::move(slots));
@@ -438,6 +436,8 @@ Result<void> run(const ResultSet::Task& task, Slot& slot) {
     return task(slot);
   } catch (const std::exception& error) {
     return fail(Errc::slot_failed, error.what());
+  } catch (...) {
+    return fail(Errc::slot_failed, "the task threw something that is no std::exception");
   }
 }
 
@@ -446,7 +446,8 @@ void fail_refused(detail::Slots& done, const detail::ResultSetImpl::Committed& c
   for (const auto& refusal : committed.refused) {
     const auto at = std::find_if(done.begin(), done.end(),
                                  [&](const auto& slot) { return slot->index() == refusal.slot; });
-    if (at != done.end() && (*at)->check_usable()) (void)(*at)->set()->fail(**at, refusal.error.message);
+    if (at != done.end() && (*at)->check_usable())
+      (void)(*at)->set()->fail(**at, refusal.error.message, Retry::allowed);
   }
 }
 
@@ -474,7 +475,12 @@ class BatchSize {
 Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& options) {
   BatchSize size(options);
   std::uint64_t total = 0;
-  auto todo = impl_->lease(-1, size.next(), kForever);
+  const auto lease = [&]() -> Result<detail::Slots> {
+    auto slots = impl_->lease(-1, size.next(), options.wait);
+    if (!slots && slots.error().code == Errc::timed_out) return detail::Slots();
+    return slots;
+  };
+  auto todo = lease();
   while (todo && !todo->empty()) {
     detail::Slots done;
     std::size_t done_bytes = 0;
@@ -490,7 +496,7 @@ Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& optio
     for (auto& impl : *todo) {
       Slot slot(std::move(impl));
       if (const auto ok = run(task, slot); !ok) {
-        const auto failed = slot.fail(ok.error().message);
+        const auto failed = slot.fail(ok.error().message, options.retry);
         if (!failed && failed.error().code != Errc::not_holder) return error_of(failed);
         continue;
       }
@@ -505,7 +511,7 @@ Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& optio
     auto committed = commit(size.next());
     if (!committed) return error_of(std::move(committed));
     todo = std::move(committed->next);
-    if (todo->empty()) todo = impl_->lease(-1, size.next(), kForever);
+    if (todo->empty()) todo = lease();
   }
   if (!todo) return error_of(std::move(todo));
   return total;
@@ -608,7 +614,7 @@ SlotInfo ResultSet::slot(std::uint64_t index) const {
                 .state = held.state,
                 .content = held.content,
                 .attempt = held.attempt,
-                .session = held.holder,
+                .session = held.state == SlotState::leased ? held.holder : 0,
                 .since = SystemTime(std::chrono::microseconds(held.since_us)),
                 .size_bytes = held.size_bytes};
   if (held.content == SlotContent::array) info.array_id = held.place;
@@ -653,7 +659,7 @@ Result<std::vector<Array>> ResultSet::arrays(std::span<const std::uint64_t> inde
       if (held.content != SlotContent::array) return tl::unexpected(holds_no("array", held));
       ids.push_back(held.array_id);
     }
-    auto arrays = impl_->attach(std::move(ids));
+    auto arrays = impl_->attach(ids);
     if (!arrays) return error_of(std::move(arrays));
     for (auto& array : *arrays) out.push_back(Array(std::move(array)));
   }
@@ -661,7 +667,11 @@ Result<std::vector<Array>> ResultSet::arrays(std::span<const std::uint64_t> inde
 }
 
 Result<void> ResultSet::cancel() const {
-  return impl_->cancel();
+  return impl_->cancel(false);
+}
+
+Result<void> ResultSet::forget() const {
+  return impl_->cancel(true);
 }
 
 }  // namespace cowmgr

@@ -56,19 +56,16 @@ bool Channel::leaves_descriptors_unread() {
          unread_bytes > 0;
 }
 
-asio::awaitable<Channel::Sent> Channel::send(std::span<const std::byte> bytes, std::span<const int> fds) {
+Channel::Sent Channel::try_send(std::span<const std::byte> bytes, std::span<const int> fds) {
   has_sent_descriptors_ = !fds.empty();
   const auto sent = send_frame(socket_.native_handle(), bytes, fds);
-  if (!sent) {
-    if (sent.error().code == Errc::disconnected) co_return Sent::connection_ended;
-    spdlog::warn("a reply could not be sent: {}", sent.error().message);
-    co_return fds.empty() ? Sent::connection_ended : Sent::too_many_descriptors;
-  }
-  if (*sent) co_return Sent::yes;  // not `||`: gcc 12 awaits the right side of it all the same
-  co_return co_await send_late(bytes, fds);
+  if (sent) return *sent ? Sent::yes : Sent::no_room;
+  if (sent.error().code == Errc::disconnected) return Sent::connection_ended;
+  spdlog::warn("a reply could not be sent: {}", sent.error().message);
+  return fds.empty() ? Sent::connection_ended : Sent::too_many_descriptors;
 }
 
-// The socket is full: the peer does not read. What `fds` name may be closed while we wait, and the numbers be
+// What `fds` name may be closed while we wait, and the numbers be
 // given to other files, so the wait needs descriptors of its own.
 asio::awaitable<Channel::Sent> Channel::send_late(std::span<const std::byte> bytes,
                                                   std::span<const int> fds) {
@@ -95,7 +92,8 @@ asio::awaitable<Channel::Woken> Channel::wait_change(const WaitKey& key, Deadlin
   // A peer sends nothing while its request is under way: a socket that can be read has ended, or is misused.
   auto ended = co_await (timer.async_wait(kAwait) ||
                          socket_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait));
-  if (ended.index() == 1) co_return Woken::peer_gone;
+  // Woken for nothing, whoever waits looks again, and misses no change.
+  if (ended.index() == 1) co_return is_readable(socket_.native_handle()) ? Woken::peer_gone : Woken::changed;
   const bool was_woken = std::get<0>(std::get<0>(ended)) == asio::error::operation_aborted;
   co_return was_woken ? Woken::changed : Woken::deadline;
 }

@@ -26,11 +26,13 @@ class Channel {
   // False when the connection ended or broke the protocol.
   [[nodiscard]] asio::awaitable<bool> receive(std::vector<std::byte>& frame);
 
-  enum class Sent { yes, connection_ended, too_many_descriptors };
-  // Sends one frame with its descriptors, waiting for room if need be. The kernel refuses descriptors when
-  // too many of this user are on their way through sockets already (unix(7), ETOOMANYREFS): nothing was sent
-  // then.
-  [[nodiscard]] asio::awaitable<Sent> send(std::span<const std::byte> bytes, std::span<const int> fds);
+  enum class Sent { yes, connection_ended, too_many_descriptors, no_room };
+  // Sends one frame with its descriptors, if the socket has room for it, as it has when the peer reads. The
+  // kernel refuses descriptors when too many of this user are on their way through sockets already (unix(7),
+  // ETOOMANYREFS): nothing was sent then.
+  [[nodiscard]] Sent try_send(std::span<const std::byte> bytes, std::span<const int> fds);
+  // After no_room: waits until there is.
+  [[nodiscard]] asio::awaitable<Sent> send_late(std::span<const std::byte> bytes, std::span<const int> fds);
 
   enum class Woken { changed, deadline, peer_gone };
   // Waits for WaitList::wake(key), or the deadline. A peer that goes, or speaks out of turn, ends the wait.
@@ -41,7 +43,6 @@ class Channel {
 
  private:
   [[nodiscard]] bool leaves_descriptors_unread();
-  [[nodiscard]] asio::awaitable<Sent> send_late(std::span<const std::byte> bytes, std::span<const int> fds);
 
   Core& core_;
   asio::posix::stream_descriptor socket_;

@@ -17,7 +17,9 @@ namespace {
 
 constexpr const char* kDescription =
     "Holds large arrays in shared memory and hands them to any number of processes, without copies.\n"
-    "Runs in the foreground until SIGTERM, SIGINT or SIGHUP; its arrays go with it.";
+    "Runs in the foreground until SIGTERM, SIGINT or SIGHUP. Its arrays stay in memory, and the next daemon "
+    "of the\n"
+    "same instance serves them again, as it does after a crash.";
 
 constexpr const char* kFooter =
     "Precedence: flag, environment, configuration file, default. The file holds lines such as\n"
@@ -62,7 +64,7 @@ CLI::Validator mode_text() {
           "MODE"};
 }
 
-void add_options(CLI::App& app, Config& config, std::string& protection) {
+void add_options(CLI::App& app, Config& config, std::string& protection, unsigned& grace_seconds) {
   app.add_option("--socket", config.socket, "Path of the socket to serve at")
       ->envname("COWMGR_SOCKET")
       ->type_name("PATH")
@@ -92,6 +94,16 @@ void add_options(CLI::App& app, Config& config, std::string& protection) {
       ->capture_default_str();
   app.add_option("--owner-sessions", config.quota.owner_sessions, "Connections that one user may have")
       ->capture_default_str();
+  app.add_option("--grace", grace_seconds,
+                 "Seconds that clients of an earlier daemon have to come back to what they were writing")
+      ->check(CLI::Range(0U, 3600U))
+      ->capture_default_str();
+  app.add_flag("--purge", config.purge,
+               "Take all arrays away at the end, and what an earlier daemon left at the start");
+  app.add_flag(
+      "--fd-store", config.fd_store,
+      "Under systemd: have it keep a descriptor of each array, so that a restart does not lose even those "
+      "whose files somebody removed; the unit needs FileDescriptorStoreMax=");
   app.add_option("--parent-fd", config.parent_fd)
       ->group("");  // for whoever starts a daemon of its own: it ends with its parent
 }
@@ -121,14 +133,17 @@ std::optional<int> parse_config(int argc, char** argv, Config& config) {
   app.set_config("--config", "", "Read options from FILE")->type_name("FILE");
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.footer(kFooter);
-  add_options(app, config, protection);
+  auto grace_seconds = static_cast<unsigned>(config.grace.count());
+  add_options(app, config, protection, grace_seconds);
   try {
     app.parse(with_environment(app, argc, argv));
   } catch (const CLI::ParseError& error) {
     const int rc = app.exit(error);
     return rc == 0 ? 0 : 2;
   }
+  config.grace = std::chrono::seconds(grace_seconds);
   config.needs_verified = protection == "verified";
+  config.purge = config.purge || config.parent_fd >= 0;  // nobody else knows the instance
   return std::nullopt;
 }
 

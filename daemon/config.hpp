@@ -2,6 +2,7 @@
 // config.cpp; `cowmgr --help` prints it.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -19,6 +20,10 @@ struct Config {
   bool needs_verified = false;  // refuse to start where the kernel gives no leases
   int socket_mode = 0666;       // who may connect; what they may do is decided for each array
   QuotaLimits quota;
+  bool purge =
+      false;  // arrays go with the daemon; default: they stay in memory for the next one of the instance
+  std::chrono::seconds grace{10};  // for which the next daemon keeps what a process was writing or had leased
+  bool fd_store = false;           // descriptors of sealed arrays go to the service manager too
   int parent_fd = -1;  // embedded: one byte is written here when ready, and its end stops the daemon
 };
 

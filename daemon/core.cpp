@@ -1,6 +1,7 @@
 #include "daemon/core.hpp"
 
 #include <algorithm>
+#include <poll.h>
 #include <span>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -25,6 +26,11 @@ constexpr auto kLongestRetry = std::chrono::milliseconds(500);
 
 }  // namespace
 
+bool is_readable(int fd) noexcept {
+  pollfd poll{fd, POLLIN, 0};
+  return ::poll(&poll, 1, 0) > 0;
+}
+
 void WaitList::wake(const WaitKey& key) {
   const auto [begin, end] = timers_.equal_range(key);
   for (auto at = begin; at != end; ++at) at->second->cancel();
@@ -39,8 +45,11 @@ Core::Core(asio::io_context& io_context, const Config& options, const ShmEnv& sh
                   .admin = ::geteuid(),
                   .first_id = random_id() + 1}),
       results(store, ::geteuid()),
+      fd_store(options.instance, options.fd_store && options.parent_fd < 0),
       started(now()),
+      purges(options.purge),
       pool_(kPoolThreads),
+      grace_end_(io_context),
       lease_end_(io_context) {}
 
 Core::~Core() {
@@ -58,7 +67,7 @@ void Core::yield_to_the_loop() {
 }
 
 void Core::wake_waiters() {
-  for (const ArrayId array : store.take_dropped()) results.forget_array(array);
+  note_served_and_dropped();
   if (!results.finish_settled(now()).empty() && !is_retrying_) {
     is_retrying_ = true;
     asio::co_spawn(io, retry_seals(), asio::detached);
@@ -72,9 +81,37 @@ void Core::wake_waiters() {
     const ResultSetRecord* record = results.get(set);
     const bool is_over = record == nullptr || record->table.is_settled();
     if (change.has_free || change.has_ended || is_over) waits.wake({Topic::slot_free, set});
+    if (change.has_free && record != nullptr && !record->terms.queue.empty())
+      waits.wake({Topic::queue, 0, record->terms.queue});
     if (change.is_settled || change.has_ended) waits.wake({Topic::slot_settled, set});
   }
   watch_lease_ends();
+}
+
+void Core::note_served_and_dropped() {
+  for (const ArrayId array : store.take_served()) {
+    if (const ArrayRecord* record = store.find(array)) fd_store.keep(array, record->segment.reader.get());
+    if (store.unlinked().contains(array)) start_rewriting();  // it lost its file before it was sealed
+  }
+  for (const ArrayId array : store.take_dropped()) {
+    results.forget_array(array);
+    fd_store.forget(array);
+  }
+  if (is_telling_ || !fd_store.has_changes()) return;
+  is_telling_ = true;
+  asio::co_spawn(io, tell_service_manager(), asio::detached);
+}
+
+// In one thread of the pool at most: a service manager that does not read holds up no other work.
+asio::awaitable<void> Core::tell_service_manager() {
+  while (fd_store.has_changes()) {
+    auto work = [this, changes = fd_store.take_changes()] {
+      fd_store.tell(changes);
+      return true;
+    };
+    co_await offload(std::move(work));
+  }
+  is_telling_ = false;
 }
 
 void Core::watch_lease_ends() {
@@ -90,6 +127,34 @@ void Core::watch_lease_ends() {
     results.expire(moment());
     settle();
   });
+}
+
+void Core::await_sessions(std::set<SessionId> sessions_to_come) {
+  awaited_ = std::move(sessions_to_come);
+  if (awaited_.empty() && !store.has_awaited()) return;
+  grace_end_.expires_after(config.grace);
+  grace_end_.async_wait([this](const boost::system::error_code& error) {
+    if (!error) end_grace();
+  });
+}
+
+void Core::end_grace() {
+  for (const SessionId session : std::exchange(awaited_, {})) {
+    const auto why = fmt::format("process {} did not come back within {} s of the daemon's start",
+                                 pid_of(session), config.grace.count());
+    spdlog::info("{}", why);
+    results.close_session(session, why, now());
+    store.drop_unclaimed(session);
+  }
+  store.drop_unviewed();
+  settle();
+}
+
+void Core::begin_to_stop() noexcept {
+  is_stopping_ = true;
+  stops_work_ = true;
+  lease_end_.cancel();
+  grace_end_.cancel();
 }
 
 void Core::settle() {
@@ -114,6 +179,8 @@ asio::awaitable<void> Core::reclaim(std::vector<Segment> garbage) {
   co_await offload(std::move(work));
   store.reclaimed(size_bytes);
   waits.wake({WaitKey::Topic::reclaimed});
+  rewritten_in_vain_.clear();  // there may be room now
+  start_rewriting();
 }
 
 asio::awaitable<void> Core::retry_seals() {
@@ -124,12 +191,15 @@ asio::awaitable<void> Core::retry_seals() {
     co_await timer.async_wait(asio::use_awaitable);
     const auto refused = results.finish_settled(now());
     settle();
-    if (refused.empty()) break;
-    for (const ArrayId set : refused) {
+    if (refused.empty() || is_stopping_) break;
+    for (const auto& [set, why] : refused) {
       if (pause < kExplainAfter) break;
-      const std::string who = co_await writers_in_words(set);
-      results.explain(set,
-                      fmt::format("all slots are committed, but the set can still be written by {}", who));
+      std::string reason = "cannot be sealed yet: " + why;
+      if (why.empty()) {
+        const std::string who = co_await writers_in_words(set);
+        reason = "can still be written by " + who;
+      }
+      results.explain(set, "all slots are committed, but the set " + reason);
     }
     settle();
     pause = std::min<std::chrono::milliseconds>(pause * 2, kLongestRetry);
@@ -140,11 +210,14 @@ asio::awaitable<void> Core::retry_seals() {
 asio::awaitable<std::string> Core::writers_in_words(ArrayId id) {
   const ArrayRecord* record = store.find(id);
   if (record == nullptr) co_return "nobody";
-  // The segment may go while /proc is being read: the worker thread looks through a descriptor of its own.
-  auto segment = std::make_shared<Segment>(
-      Segment{.name = record->segment.name, .size_bytes = record->segment.size_bytes});
-  segment->reader.reset(::dup(record->segment.reader.get()));
-  auto work = [this, segment] { return env.writers_of(*segment); };
+  co_return co_await writers_in_words(record->segment);
+}
+
+asio::awaitable<std::string> Core::writers_in_words(const Segment& segment) {
+  // It may go while /proc is being read: the worker thread looks through a descriptor of its own.
+  auto copy = reader_of(segment);
+  if (!copy) co_return fmt::format("somebody ({})", copy.error().message);
+  auto work = [this, from = *std::move(copy)] { return env.writers_of(from); };
   const auto holders = co_await offload(std::move(work));
   std::string text;
   for (const auto& holder : std::span(holders).first(std::min(holders.size(), kNamedWriters))) {
@@ -160,12 +233,118 @@ asio::awaitable<void> Core::report_tampering(int lease_fd) {
   if (record == nullptr) co_return;
   const ArrayId id = record->id;
   const std::string name = record->name;
+  const auto older =
+      std::ranges::find(record->older, lease_fd, [](const Segment& one) { return one.lease.get(); });
+  const Segment& opened = older == record->older.end() ? record->segment : *older;
   // Whoever opens waits in open(2) until the lease is given up; then /proc shows who it was.
-  env.end_lease(record->segment);
-  const std::string who = co_await writers_in_words(id);
+  ShmEnv::end_lease(lease_fd);
+  const std::string who = co_await writers_in_words(opened);
   spdlog::warn("array {} (#{}) was opened for writing by {}; it is not served any more", printable(name), id,
                who);
   settle();
+}
+
+// ---- Files that lose their names ----
+
+void Core::report_removals(const ShmEnv::Removals& removals) {
+  std::vector<ArrayId> ids = removals.ids;
+  if (removals.all) {
+    for (const ArrayRecord* record : store.list(kHouse, "*", 0, store.size())) ids.push_back(record->id);
+  }
+  for (const ArrayId id : ids) {
+    if (!store.note_unlinked(id)) continue;
+    const ArrayRecord& record = *store.find(id);
+    const bool is_served = store.unlinked().contains(id);
+    spdlog::warn(
+        "somebody removed {} from /dev/shm, the file of array {}; {}", record.segment.name,
+        printable(record.name),
+        is_served ? "it is served on, and is written to a new one if there is room" : "who has it keeps it");
+    rewritten_in_vain_.erase(id);
+    if (is_served) start_rewriting();
+  }
+}
+
+void Core::start_rewriting() {
+  if (is_rewriting_ || is_stopping_) return;
+  is_rewriting_ = true;
+  asio::co_spawn(io, rewrite_unlinked(), asio::detached);
+}
+
+// What cannot be rewritten is tried again when memory was given back.
+asio::awaitable<void> Core::rewrite_unlinked() {
+  while (!is_stopping_) {
+    const auto& left = store.unlinked();
+    const auto next =
+        std::ranges::find_if(left, [&](ArrayId id) { return !rewritten_in_vain_.contains(id); });
+    if (next == left.end()) break;
+    const ArrayId id = *next;
+    rewritten_in_vain_.insert(id);
+    co_await rewrite(id);
+  }
+  is_rewriting_ = false;
+}
+
+asio::awaitable<void> Core::rewrite(ArrayId id) {
+  const auto begun = store.begin_rewrite(id);
+  if (!begun) {
+    spdlog::debug("array #{} is not rewritten: {}", id, begun.error().message);
+    co_return;
+  }
+  const ArrayRecord& record = **begun;
+  const std::string name = record.name;
+  Result<Segment> copy = reader_of(record.segment);
+  if (copy) {
+    auto work = [this, id, from = *std::move(copy), header = record.header, trailer = trailer_page(record)] {
+      return env.rewrite(from, id, header, trailer, stops_work_);
+    };
+    copy = co_await offload(std::move(work));
+  }
+  if (!copy) spdlog::debug("array #{} is not rewritten: {}", id, copy.error().message);
+  if (store.end_rewrite(id, copy ? std::optional(*std::move(copy)) : std::nullopt))
+    spdlog::info("array {} (#{}) has a file again", printable(name), id);
+  waits.wake({WaitKey::Topic::reclaimed});
+  settle();
+}
+
+// ---- Contents ----
+
+void Core::look_after_arrays() {
+  start_rewriting();
+  std::vector<ArrayId> checked;
+  for (const ArrayRecord* record : store.list(kHouse, "*", 0, store.size())) {
+    if (record->checksum != 0 && record->state == ArrayRecord::State::sealed) checked.push_back(record->id);
+  }
+  if (!checked.empty()) asio::co_spawn(io, check_contents(std::move(checked)), asio::detached);
+}
+
+asio::awaitable<void> Core::check_contents(std::vector<ArrayId> arrays) {
+  std::size_t good = 0;
+  for (const ArrayId id : arrays) {
+    const ArrayRecord* record = store.find(id);
+    if (record == nullptr) continue;
+    const std::uint64_t wanted = record->checksum;
+    auto segment = reader_of(record->segment);
+    Result<std::uint64_t> found = 0;
+    if (segment) {
+      auto work = [this, from = *std::move(segment), bytes = record->data_bytes] {
+        return env.checksum(from, bytes, stops_work_);
+      };
+      found = co_await offload(std::move(work));
+    } else {
+      found = error_of(segment);
+    }
+    if (is_stopping_) co_return;
+    if (found && *found == wanted) {
+      ++good;
+    } else if (!found && found.error().code != Errc::corrupted) {
+      spdlog::warn("array #{} is not checked: {}", id, found.error().message);
+    } else if (const ArrayRecord* bad = store.mark_corrupted(id)) {
+      spdlog::error("array {} (#{}) does not match its checksum; it is not served any more",
+                    printable(bad->name), id);
+      settle();
+    }
+  }
+  spdlog::info("{} of {} array(s) with a checksum match it", good, arrays.size());
 }
 
 }  // namespace cowmgr

@@ -4,6 +4,7 @@
 // awaited; it touches no state.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <compare>
 #include <functional>
@@ -24,6 +25,7 @@
 #include <boost/asio/use_awaitable.hpp>
 
 #include "daemon/config.hpp"
+#include "daemon/fd_store.hpp"
 #include "daemon/results.hpp"
 #include "daemon/shm_env.hpp"
 #include "daemon/store.hpp"
@@ -35,9 +37,22 @@ namespace asio = boost::asio;
 class Channel;
 class Session;
 
+// Whether a descriptor can be read now, or has come to its end. To be asked where a wake-up alone would be
+// taken for such an end: when a descriptor is closed while its readiness lies in the reactor's queue, Asio
+// may wake whoever waits for the next one that gets its place there.
+[[nodiscard]] bool is_readable(int fd) noexcept;
+
 // What a coroutine may wait for.
 struct WaitKey {
-  enum class Topic : std::uint8_t { array_name, set_changed, set_ended, slot_free, slot_settled, reclaimed };
+  enum class Topic : std::uint8_t {
+    array_name,
+    queue,
+    set_changed,
+    set_ended,
+    slot_free,
+    slot_settled,
+    reclaimed
+  };
   Topic topic{};
   ArrayId set = 0;
   std::string name{};
@@ -91,24 +106,38 @@ class Core {
 
   // The processes that can still write to a segment, in words: "process 12 (worker), process 13 (worker)".
   [[nodiscard]] asio::awaitable<std::string> writers_in_words(ArrayId id);
+  [[nodiscard]] asio::awaitable<std::string> writers_in_words(const Segment& segment);
 
-  // Ends what would keep the loop running.
-  void stop_timers() noexcept { lease_end_.cancel(); }
+  // Sessions of an earlier daemon that may come back: those that have not when the grace period is over end.
+  void await_sessions(std::set<SessionId> sessions);
+  // A session has come back. Whether it was awaited.
+  bool has_come_back(SessionId session) { return awaited_.erase(session) > 0; }
+
+  // The daemon stops. Unless it purges, what sessions hold stays for the next one, as after a crash; nothing
+  // keeps the loop running any more.
+  void begin_to_stop() noexcept;
+  [[nodiscard]] bool keeps_sessions() const noexcept { return is_stopping_ && !purges; }
 
   // Somebody opened a sealed segment for writing.
   [[nodiscard]] asio::awaitable<void> report_tampering(int lease_fd);
+  // Files of segments have lost their names. Arrays that are served, and should have one, get a new one.
+  void report_removals(const ShmEnv::Removals& removals);
+  // Of what an earlier daemon left: has what lost its file written anew, and checksums checked, in the
+  // background.
+  void look_after_arrays();
 
   asio::io_context& io;
   const Config& config;
   const ShmEnv& env;
   Store store;
   ResultSets results;
+  FdStore fd_store;
   WaitList waits;
   std::map<SessionId, std::shared_ptr<Session>> sessions;
-  SessionId last_session = 0;
   std::set<Channel*> connections;  // all, those without a session too
   Time started;
   std::function<void()> stop;  // ends the daemon; set by the server
+  bool purges;                 // when it ends: all arrays go
 
  private:
   template <class Work>
@@ -118,12 +147,26 @@ class Core {
   }
   static void yield_to_the_loop();
   void wake_waiters();
+  void note_served_and_dropped();
+  [[nodiscard]] asio::awaitable<void> tell_service_manager();
+  void start_rewriting();
+  [[nodiscard]] asio::awaitable<void> rewrite_unlinked();
+  [[nodiscard]] asio::awaitable<void> rewrite(ArrayId id);
+  [[nodiscard]] asio::awaitable<void> check_contents(std::vector<ArrayId> arrays);
   [[nodiscard]] asio::awaitable<void> reclaim(std::vector<Segment> garbage);
   [[nodiscard]] asio::awaitable<void> retry_seals();
   void watch_lease_ends();
+  void end_grace();
 
   asio::thread_pool pool_;
   bool is_retrying_ = false;
+  bool is_rewriting_ = false;
+  std::set<ArrayId> rewritten_in_vain_;  // since memory was given back last
+  bool is_telling_ = false;
+  bool is_stopping_ = false;
+  std::atomic<bool> stops_work_{false};  // in the pool
+  std::set<SessionId> awaited_;
+  asio::steady_timer grace_end_;
   asio::steady_timer lease_end_;      // of the slot's lease that ends first
   std::optional<Tick> lease_end_at_;  // what it is set to
 };

@@ -14,9 +14,10 @@
 
 #include "daemon/config.hpp"
 #include "daemon/core.hpp"
-#include "daemon/lock_file.hpp"
+#include "daemon/recovery.hpp"
 #include "daemon/server.hpp"
 #include "proto/fd_socket.hpp"
+#include "proto/lock_file.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
 
@@ -76,6 +77,45 @@ tl::unexpected<Error> cannot_lock(const Error& error, const std::string& what, s
               fmt::format("{} cannot be locked: {}; choose another {}", what, error.message, flag));
 }
 
+tl::unexpected<Error> cannot_look(const Error& error, const ShmEnv& env) {
+  return fail(error.code, fmt::format("what an earlier daemon of instance '{}' left cannot be looked at: {}; "
+                                      "all of it stays for a daemon that can",
+                                      env.instance(), error.message));
+}
+
+// What an earlier daemon of the instance left, whether it was killed or stopped.
+Result<void> take_over(const ShmEnv& env, Core& core) {
+  if (core.purges) {
+    (void)core.fd_store.take_kept();
+    core.fd_store.forget_all();
+    core.fd_store.tell(core.fd_store.take_changes());
+    const auto removed = env.remove_leftovers();
+    if (!removed) return cannot_look(removed.error(), env);
+    if (*removed > 0)
+      spdlog::warn("removed {} segment(s) that an earlier daemon of instance '{}' left", *removed,
+                   env.instance());
+    return {};
+  }
+  auto recovered = recover(env, core.store, core.results, core.fd_store, Core::moment());
+  if (!recovered) return cannot_look(recovered.error(), env);
+  Recovery& recovery = *recovered;
+  core.settle();  // lower versions of a name go
+  core.look_after_arrays();
+  if (recovery.arrays + recovery.sets + recovery.unsealed + recovery.quarantined + recovery.foreign == 0)
+    return {};
+  spdlog::info(
+      "of an earlier daemon of instance '{}': {} array(s), {}, are served again{}{}; {} result set(s) go on, "
+      "{} array(s) were being written, {} session(s) may come back within {} s; {} damaged moved aside, "
+      "{} left alone",
+      env.instance(), recovery.arrays - recovery.tampered, format_size(recovery.array_bytes),
+      recovery.tampered > 0 ? fmt::format(", {} can be written and are not", recovery.tampered) : "",
+      recovery.unlinked > 0 ? fmt::format(", {} had lost their files", recovery.unlinked) : "", recovery.sets,
+      recovery.unsealed, recovery.awaited.size(), core.config.grace.count(), recovery.quarantined,
+      recovery.foreign);
+  core.await_sessions(std::move(recovery.awaited));
+  return {};
+}
+
 Result<void> serve_until_stopped(Config& config) {
   auto instance_lock = LockFile::acquire(fmt::format("/dev/shm/cowmgr.{}.lock", config.instance));
   if (!instance_lock) {
@@ -96,23 +136,27 @@ Result<void> serve_until_stopped(Config& config) {
         "the kernel gives no leases here: that sealed arrays are immutable is not proven (protection: "
         "advisory)");
   }
-  if (const auto removed = env.remove_leftovers(); removed > 0) {
-    spdlog::warn("removed {} segment(s) of a daemon of instance '{}' that did not stop by itself", removed,
-                 config.instance);
-  }
+  const std::uint64_t total_bytes = env.space().total_bytes;
   if (config.capacity_bytes == 0) {
-    config.capacity_bytes =
-        static_cast<std::uint64_t>(static_cast<double>(env.space().total_bytes) * kDefaultShare);
+    config.capacity_bytes = static_cast<std::uint64_t>(static_cast<double>(total_bytes) * kDefaultShare);
   }
-  if (config.capacity_bytes > env.space().total_bytes) {
+  if (config.capacity_bytes == 0)
+    return fail(Errc::os_failure, "how much /dev/shm can hold cannot be found out; say it with --capacity");
+  if (total_bytes > 0 && config.capacity_bytes > total_bytes) {
     spdlog::warn("the capacity of {} is more than /dev/shm can hold ({})", format_size(config.capacity_bytes),
-                 format_size(env.space().total_bytes));
+                 format_size(total_bytes));
   }
   auto listener = take_socket(config);
   if (!listener) return error_of(std::move(listener));
-  asio::io_context io(1);
+  // One thread uses the sockets; the pool's threads only post what they have done.
+  asio::io_context io(BOOST_ASIO_CONCURRENCY_HINT_UNSAFE_IO);
   Core core(io, config, env);
-  Server server(io, core, *std::move(listener));
+  UniqueFd names = env.watch_names();
+  if (auto taken = take_over(env, core); !taken) {
+    ::unlink(config.socket.c_str());
+    return taken;
+  }
+  Server server(io, core, *std::move(listener), std::move(names));
   spdlog::info("cowmgr {} serves instance '{}' at {}, capacity {}, protection {}", kVersion, config.instance,
                config.socket, format_size(config.capacity_bytes), env.has_leases() ? "verified" : "advisory");
   ::sd_notify(0, "READY=1");
@@ -121,7 +165,12 @@ Result<void> serve_until_stopped(Config& config) {
   server.run();
   ::sd_notify(0, "STOPPING=1");
   ::unlink(config.socket.c_str());
-  env.remove_leftovers();
+  if (core.purges) {
+    if (const auto removed = env.remove_leftovers(); !removed)
+      spdlog::error("the arrays stay: {}", removed.error().message);
+    core.fd_store.forget_all();
+    core.fd_store.tell(core.fd_store.take_changes());
+  }
   spdlog::info("stopped");
   return {};
 }

@@ -1,9 +1,12 @@
 #include "daemon/peer.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <fstream>
+#include <linux/ioctl.h>
 #include <sstream>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 
 #include <fmt/format.h>
@@ -28,10 +31,28 @@ int wait_status_of(pid_t pid) {
   return fields ? std::atoi(field.c_str()) : 0;
 }
 
+// struct pidfd_info of linux/pidfd.h, which is newer than Debian 12's headers.
+struct PidfdInfo {
+  std::uint64_t mask;
+  std::array<std::uint32_t, 13> others;  // a cgroup's id, ids of processes and users
+  std::int32_t exit_code;                // as waitpid(2) gives it
+};
+static_assert(sizeof(PidfdInfo) == 64);
+constexpr std::uint64_t kExitInfo = 8;  // PIDFD_INFO_EXIT: told once the process was waited for
+constexpr unsigned long kGetInfo = _IOWR(0xFF, 11, PidfdInfo);
+
+int wait_status_of_reaped(int pidfd) {
+  PidfdInfo info{.mask = kExitInfo, .others = {}, .exit_code = 0};
+  if (pidfd < 0 || ::ioctl(pidfd, kGetInfo, &info) != 0 || (info.mask & kExitInfo) == 0) return 0;
+  return info.exit_code;
+}
+
 }  // namespace
 
-std::string end_of(pid_t pid) {
-  const int status = wait_status_of(pid);
+std::string end_of(pid_t pid, int pidfd) {
+  // In this order: it may be waited for at any moment, which makes one silent and lets the other speak.
+  int status = wait_status_of(pid);
+  if (status == 0) status = wait_status_of_reaped(pidfd);
   if (WIFSIGNALED(status)) {
     const int number = WTERMSIG(status);
     const char* name = ::sigdescr_np(number);

@@ -7,10 +7,18 @@
 #include <sys/types.h>
 #include <vector>
 
+#include "proto/session.hpp"
+
 namespace cowmgr {
 
-using SessionId = std::uint64_t;  // never used again; 0: no session
 using Time = std::chrono::sys_time<std::chrono::microseconds>;
+// As frames and segments tell it: microseconds since 1970 UTC.
+[[nodiscard]] constexpr std::int64_t microseconds(Time time) noexcept {
+  return time.time_since_epoch().count();
+}
+[[nodiscard]] constexpr Time time_at(std::int64_t us) noexcept {
+  return Time(std::chrono::microseconds(us));
+}
 
 struct Peer {
   pid_t pid = 0;
@@ -33,7 +41,8 @@ enum class Right : std::uint32_t { write = 02, read = 04 };
 [[nodiscard]] bool is_allowed(const Peer& peer, const Ownership& owned, Right right, uid_t admin) noexcept;
 
 // What became of a process whose connection ended, in words: "process 12 was killed by signal 9 (Killed)",
-// "process 12 exited with 3", "process 12 went away". As far as /proc still tells (proc(5)).
-[[nodiscard]] std::string end_of(pid_t pid);
+// "process 12 exited with 3", "process 12 went away". As far as /proc still tells (proc(5)), or, once its
+// parent has waited for it, the pidfd (-1: none), which tells since Linux 6.15.
+[[nodiscard]] std::string end_of(pid_t pid, int pidfd = -1);
 
 }  // namespace cowmgr

@@ -20,6 +20,12 @@ Result<void> Quota::charge_array(uid_t uid, std::uint64_t size_bytes) {
   return {};
 }
 
+void Quota::take_over_array(uid_t uid, std::uint64_t size_bytes) {
+  Use& use = uses_[uid];
+  use.size_bytes += size_bytes;
+  ++use.arrays;
+}
+
 Result<void> Quota::charge_bytes(uid_t uid, std::uint64_t size_bytes) {
   const auto at = uses_.find(uid);
   const std::uint64_t held_bytes = at == uses_.end() ? 0 : at->second.size_bytes;

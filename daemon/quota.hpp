@@ -22,6 +22,8 @@ class Quota {
   explicit Quota(const QuotaLimits& limits) : limits_(limits) {}
 
   [[nodiscard]] Result<void> charge_array(uid_t uid, std::uint64_t size_bytes);
+  // An array that is there already, of before the daemon's start: no limit refuses it.
+  void take_over_array(uid_t uid, std::uint64_t size_bytes);
   // An array, or what is counted as one, grows.
   [[nodiscard]] Result<void> charge_bytes(uid_t uid, std::uint64_t size_bytes);
   void release_bytes(uid_t uid, std::uint64_t size_bytes) noexcept;

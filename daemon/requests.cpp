@@ -1,6 +1,7 @@
 #include "daemon/requests.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <unistd.h>
 
 #include <fmt/format.h>
@@ -27,8 +28,7 @@ Offset<wire::ArrayInfo> pack_array(Call& call, const ArrayRecord& record) {
 // ---- Arrays ----
 
 Answer create_array(Call& call, const wire::MakeArray& table) {
-  const Order order = table.order() == wire::ByteOrder::fortran ? Order::fortran : Order::c;
-  const auto request = create_request_of(table, order);
+  const auto request = create_request_of(table, order_of(table.order()));
   if (!request) co_return error_of(request);
   const auto record = co_await make_array(call, *request);
   if (!record) co_return error_of(record);
@@ -44,7 +44,7 @@ tl::unexpected<Error> belongs_to_a_set() {
 
 Answer seal_array(Call& call, const wire::SealArray& table) {
   if (call.core.results.contains(table.id())) co_return belongs_to_a_set();
-  const auto sealed = co_await seal(call, table.id(), true);
+  const auto sealed = co_await seal(call, call.session->id(), table.id(), true, table.checksum());
   if (!sealed) co_return error_of(sealed);
   const std::vector<Offset<wire::ArrayInfo>> arrays = {pack_array(call, *call.core.store.find(table.id()))};
   co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays));
@@ -115,6 +115,43 @@ Answer nothing_more(Call& /*call*/, const wire::Release& /*table*/) {
   co_return Reply{};
 }
 
+// A client that lost its daemon says what it views, writes and has leased, in several frames if it is much.
+// What the session has beyond that, the client never heard of.
+Answer hold(Call& call, const wire::Hold& table) {
+  Core& core = call.core;
+  const SessionId session = call.session->id();
+  Session::Held& said = call.session->held();
+  for (const ArrayId id : shape_of(table.ids())) {
+    if (core.store.may_hold(session, id)) ++said.views[id];
+  }
+  for (std::size_t i = 0; i < size_of(table.writing()); ++i) {
+    const auto* writing = table.writing()->Get(static_cast<flatbuffers::uoffset_t>(i));
+    said.writing.insert(writing->id());
+    if (writing->make() == nullptr) continue;
+    const auto request = create_request_of(*writing->make(), order_of(writing->make()->order()));
+    if (!request) continue;
+    // Not there: it was sealed, and the client does not know yet. What cannot go on its seal will tell.
+    if (const auto claimed = core.store.claim(session, writing->id(), *request, Core::now()); !claimed)
+      spdlog::debug("array #{} is not written on: {}", writing->id(), claimed.error().message);
+  }
+  for (std::size_t i = 0; i < size_of(table.slots()); ++i) {
+    const auto* holding = table.slots()->Get(static_cast<flatbuffers::uoffset_t>(i));
+    if (size_of(holding->attempts()) != size_of(holding->slots())) continue;
+    for (flatbuffers::uoffset_t at = 0; at < size_of(holding->slots()); ++at) {
+      const SlotIndex slot = holding->slots()->Get(at);
+      if (core.results.holds(session, holding->set(), slot, holding->attempts()->Get(at)))
+        said.slots.insert({holding->set(), slot});
+    }
+  }
+  if (table.is_last()) {
+    core.results.keep_only(session, said.slots, Core::now());
+    core.store.keep_only(session, said.views, said.writing, Core::now());
+    said = {};
+  }
+  core.settle();
+  co_return done(call);
+}
+
 Reply names_reply(Call& call, const std::vector<std::string>& names, std::uint64_t freed_bytes) {
   std::vector<Offset<flatbuffers::String>> texts;
   for (const auto& name : names) {
@@ -139,8 +176,13 @@ Answer evict(Call& call, const wire::Evict& table) {
   const SessionId session = call.session->id();
   const auto patterns = patterns_of(table.patterns());
   if (!patterns) co_return error_of(patterns);
+  if (call.is_again && table.lru_bytes() > 0)
+    co_return fail(Errc::disconnected,
+                   "the daemon went away while it evicted; look how much is free, then ask for the rest");
+  std::optional<Time> asked;
+  if (call.is_again) asked = time_at(table.asked_us());
   auto evicted = table.lru_bytes() > 0 ? call.core.store.evict_lru(session, table.lru_bytes())
-                                       : call.core.store.evict(session, *patterns);
+                                       : call.core.store.evict(session, *patterns, asked);
   if (!evicted) co_return error_of(std::move(evicted));
   for (const auto& name : evicted->names)
     spdlog::info("array {} evicted by process {}", printable(name), call.session->peer().pid);
@@ -164,7 +206,7 @@ Offset<wire::ClientInfo> pack_client(Call& call, const Session& session) {
   return wire::CreateClientInfo(call.builder, session.id(), session.peer().pid, session.peer().uid, command,
                                 static_cast<std::uint32_t>(session.channels()), use.views, use.view_bytes,
                                 use.writing, call.core.results.leases_of(session.id()),
-                                session.connected().time_since_epoch().count());
+                                microseconds(session.connected()));
 }
 
 Answer stat_array(Call& call, const wire::StatArray& table) {
@@ -174,19 +216,24 @@ Answer stat_array(Call& call, const wire::StatArray& table) {
   const ArrayId id = (*found)->id;
   SegmentUsage usage;
   if (const Segment& segment = (*found)->segment; segment.reader) {
-    auto copy = std::make_shared<Segment>(Segment{.name = segment.name, .size_bytes = segment.size_bytes});
-    copy->reader.reset(::dup(segment.reader.get()));
-    auto work = [&env = core.env, copy] { return env.usage(*copy); };
+    auto copy = reader_of(segment);
+    if (!copy) co_return error_of(copy);
+    auto work = [&env = core.env, from = *std::move(copy)] { return env.usage(from); };
     const auto measured = co_await core.offload(std::move(work));
-    if (measured) usage = *measured;
+    if (!measured) co_return error_of(measured);
+    usage = *measured;
   }
   if (call.session->gone()) co_return peer_gone(call);
   const ArrayRecord* record = core.store.find(id);
   if (record == nullptr) co_return fail(Errc::not_found, "the array went away meanwhile");
-  std::vector<Offset<wire::ClientInfo>> holders;
+  std::vector<const Session*> viewers;
   for (const auto& [session, peer] : core.sessions) {
-    if (core.store.views_of(session, id) > 0 && call.builder.GetSize() < kPageBytesUsed)
-      holders.push_back(pack_client(call, *peer));
+    if (core.store.views_of(session, id) > 0) viewers.push_back(peer.get());
+  }
+  std::ranges::sort(viewers, {}, &Session::connected);
+  std::vector<Offset<wire::ClientInfo>> holders;
+  for (const Session* viewer : viewers) {
+    if (call.builder.GetSize() < kPageBytesUsed) holders.push_back(pack_client(call, *viewer));
   }
   const auto array = pack_array(call, *record);
   co_return reply_of(
@@ -224,19 +271,20 @@ Answer ping(Call& call, const wire::Ping& /*table*/) {
   const MemoryUse use = core.store.memory_use();
   co_return reply_of(wire::CreatePongDirect(
       call.builder, std::string(kVersion).c_str(), core.config.instance.c_str(), core.config.socket.c_str(),
-      ::getpid(), ::geteuid(), core.started.time_since_epoch().count(),
+      ::getpid(), ::geteuid(), microseconds(core.started),
       protection_of(core.env, call.session->peer().uid, ::geteuid()), use.capacity_bytes, use.used_bytes,
       use.pinned_bytes, use.evictable_bytes, use.viewed_bytes, static_cast<std::uint32_t>(core.store.size()),
       static_cast<std::uint32_t>(core.sessions.size()), static_cast<std::uint32_t>(core.results.size())));
 }
 
-Answer shutdown(Call& call, const wire::Shutdown& /*table*/) {
+Answer shutdown(Call& call, const wire::Shutdown& table) {
   const uid_t uid = call.session->peer().uid;
   if (uid != 0 && uid != ::geteuid()) {
     co_return fail(Errc::permission_denied,
                    fmt::format("only user {} or root may stop this daemon", ::geteuid()));
   }
   spdlog::info("stopping: asked to by process {}", call.session->peer().pid);
+  call.core.purges = call.core.purges || table.purge();
   asio::post(call.core.io, call.core.stop);  // after the answer is on its way
   co_return done(call);
 }
@@ -245,8 +293,9 @@ Answer shutdown(Call& call, const wire::Shutdown& /*table*/) {
 
 // ---- What both kinds of requests need ----
 
-tl::unexpected<Error> shm_is_full(const Core& core, std::uint64_t size_bytes) {
+tl::unexpected<Error> not_backed(const Core& core, std::uint64_t size_bytes, const Error& error) {
   const auto space = core.env.space();
+  if (error.code != Errc::out_of_memory || space.free_bytes >= size_bytes) return tl::unexpected(error);
   return fail(Errc::out_of_memory,
               fmt::format("this needs {}, but of the {} of /dev/shm only {} are free, whatever the capacity "
                           "says ({}); remove files "
@@ -262,15 +311,15 @@ asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call, const CreateR
   if (!reserved) co_return error_of(reserved);
   const ArrayRecord& record = *core.store.find(*reserved);
   auto work = [session = call.session, &env = core.env, id = record.id, size = record.segment_bytes(),
-               header = record.header] { return env.create(id, size, header, session->gone()); };
+               header = record.header, trailer = trailer_page(record)] {
+    return env.create(id, size, header, trailer, session->gone());
+  };
   auto segment = co_await core.offload(std::move(work));
   if (!segment) {
     core.store.fail_backing(*reserved);
     core.waits.wake({WaitKey::Topic::reclaimed});
     core.settle();
-    if (segment.error().code == Errc::out_of_memory)
-      co_return shm_is_full(core, data_bytes(request.spec).value_or(0));
-    co_return error_of(std::move(segment));
+    co_return not_backed(core, data_bytes(request.spec).value_or(0), segment.error());
   }
   auto backed = core.store.back(*reserved, *std::move(segment));
   core.settle();
@@ -284,12 +333,13 @@ Reply created_reply(Call& call, const ArrayRecord& record) {
   return reply_of(wire::CreateCreated(call.builder, pack_array(call, record)));
 }
 
-asio::awaitable<Result<void>> seal(Call& call, ArrayId id, bool keep_view) {
+asio::awaitable<Result<void>> seal(Call& call, SessionId writer, ArrayId id, bool keep_view,
+                                   std::uint64_t checksum) {
   Core& core = call.core;
   const Deadline deadline = std::chrono::steady_clock::now() + kSealPatience;
   asio::steady_timer timer(core.io);
   for (;;) {
-    const auto sealed = core.store.seal(call.session->id(), id, keep_view, Core::now());
+    const auto sealed = core.store.seal(writer, id, keep_view, Core::now(), checksum);
     core.settle();
     if (!sealed) co_return error_of(sealed);
     if (*sealed) break;
@@ -369,6 +419,8 @@ asio::awaitable<Result<Reply>> answer(Call& call, const wire::Request& request) 
       return list_results(call, *request.body_as_ListResults());
     case Body::Ping:
       return ping(call, *request.body_as_Ping());
+    case Body::Hold:
+      return hold(call, *request.body_as_Hold());
     case Body::Shutdown:
       return shutdown(call, *request.body_as_Shutdown());
     default:

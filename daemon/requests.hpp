@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "daemon/session.hpp"
@@ -15,9 +16,11 @@ struct Call {
   Channel& channel;
   std::shared_ptr<Session> session;
   Builder& builder;              // where the reply is built
+  bool is_again;                 // an earlier daemon may have carried the request out already
   std::vector<int> fds;          // that go with the reply; borrowed
   std::vector<ArrayId> views{};  // that the reply brings
-  bool peer_is_gone = false;     // or broke the protocol while it waited: the connection is to be closed
+  std::vector<std::pair<ArrayId, SlotIndex>> leases{};  // the same
+  bool peer_is_gone = false;  // or broke the protocol while it waited: the connection is to be closed
 };
 
 // The body of a reply; `none` for requests that have no reply.
@@ -48,17 +51,18 @@ inline constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is clo
 inline constexpr std::size_t kMaxPatternBytes =
     512;  // of a glob: a name has 255, twice that with a backslash each
 
-// Tries until there is room: waits while memory is being given back. `reserve` returns a Result<T>.
+// Tries until there is room: waits while memory is being given back, or taken only for a while. `reserve`
+// returns a Result<T>.
 template <class Reserve>
 [[nodiscard]] asio::awaitable<std::invoke_result_t<Reserve>> when_there_is_room(Call& call, Reserve reserve) {
   Core& core = call.core;
   const WaitKey key{
       WaitKey::Topic::reclaimed};  // not in the co_await: gcc 12 destroys temporaries there twice
   auto reserved = reserve();
-  while (!reserved && reserved.error().code == Errc::out_of_memory && core.store.reclaiming_bytes() > 0) {
+  while (!reserved && reserved.error().code == Errc::out_of_memory && core.store.expects_room()) {
     co_await core.settle_and_reclaim();
     auto woken = Channel::Woken::changed;
-    if (core.store.reclaiming_bytes() > 0) woken = co_await call.channel.wait_change(key, Deadline::max());
+    if (core.store.expects_room()) woken = co_await call.channel.wait_change(key, Deadline::max());
     if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);
     reserved = reserve();
   }
@@ -66,17 +70,20 @@ template <class Reserve>
   co_return reserved;
 }
 
-// The capacity had room, the file system that the segments lie in has not: something else fills it.
-[[nodiscard]] tl::unexpected<Error> shm_is_full(const Core& core, std::uint64_t size_bytes);
+// Why memory that the capacity had room for could not be backed: `error`, or that something else fills the
+// file system that the segments lie in.
+[[nodiscard]] tl::unexpected<Error> not_backed(const Core& core, std::uint64_t size_bytes,
+                                               const Error& error);
 
 // An array being written, backed by memory.
 [[nodiscard]] asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call,
                                                                      const CreateRequest& request);
 // The reply to who shall write it.
 [[nodiscard]] Reply created_reply(Call& call, const ArrayRecord& record);
-// Seals, waiting a moment for the kernel to forget a mapping that was just given up. Errors: as Store::seal,
-// and still_writable, which names who can write.
-[[nodiscard]] asio::awaitable<Result<void>> seal(Call& call, ArrayId id, bool keep_view);
+// Seals what the session `writer` writes, waiting a moment for the kernel to forget a mapping that was just
+// given up. Errors: as Store::seal, and still_writable, which names who can write.
+[[nodiscard]] asio::awaitable<Result<void>> seal(Call& call, SessionId writer, ArrayId id, bool keep_view,
+                                                 std::uint64_t checksum = 0);
 
 [[nodiscard]] std::size_t page_limit(std::uint32_t asked);
 [[nodiscard]] std::string pattern_of(const flatbuffers::String* pattern);

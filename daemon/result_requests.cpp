@@ -13,16 +13,13 @@ namespace {
 
 using Topic = WaitKey::Topic;
 
-constexpr std::size_t kMaxBatch = 4096;            // slots of one request
-constexpr std::size_t kMaxMessageBytes = 4096;     // of a worker's reason for a failure
-constexpr std::uint32_t kArrayValue = UINT32_MAX;  // a slot's value is the array that was allocated for it
 // A set's segment starts with room for a few reasons, and grows by as much as it has, within these bounds.
 constexpr std::uint64_t kFirstValueBytes = 4 * kPageBytes;
 constexpr std::uint64_t kLeastGrowth = std::uint64_t{1} << 20;
 constexpr std::uint64_t kMostGrowth = std::uint64_t{64} << 20;
 
 Reply results_reply(Call& call, const ResultSetRecord& set) {
-  const std::vector<Offset<wire::ResultsInfo>> sets = {pack(call.builder, set, call.core.store)};
+  const std::vector<Offset<wire::ResultsInfo>> sets = {pack(call.builder, set)};
   return reply_of(wire::CreateResultsDirect(call.builder, &sets));
 }
 
@@ -34,19 +31,24 @@ Reply opened_reply(Call& call, const ResultSetRecord& set) {
 
 // ---- Making a set ----
 
+std::vector<std::byte> bytes_of(const flatbuffers::Vector<std::uint8_t>* bytes) {
+  if (bytes == nullptr) return {};
+  const auto span = std::as_bytes(std::span(bytes->data(), bytes->size()));
+  return {span.begin(), span.end()};
+}
+
 ResultTerms terms_of(const wire::MakeResults& table) {
   return {.slots = table.slots(),
           .is_ragged = table.ragged(),
           .is_detached = table.detached(),
-          .limits = {.attempts = table.attempts(), .lease = std::chrono::milliseconds(table.lease_ms())}};
+          .limits = {.attempts = table.attempts(), .lease = std::chrono::milliseconds(table.lease_ms())},
+          .queue = std::string(view_of(table.queue())),
+          .token = table.token(),
+          .job = bytes_of(table.job())};
 }
 
 Result<CreateRequest> request_of(const wire::MakeResults& table) {
-  if (!table.ragged()) {
-    auto request = create_request_of(table, Order::c);
-    if (request) request->is_detached = table.detached();
-    return request;
-  }
+  if (!table.ragged()) return create_request_of(table, Order::c);
   CreateRequest request{.name = std::string(view_of(table.name())),
                         .spec = {Dtype::of<std::uint8_t>(), {}},
                         .replace = table.replace(),
@@ -55,23 +57,23 @@ Result<CreateRequest> request_of(const wire::MakeResults& table) {
   return request;
 }
 
-// The segment for the slots of a new set, charged to `owner`.
-asio::awaitable<Result<SlotMemory>> make_slot_memory(Call& call, const ResultTerms& terms, ArrayId set) {
+// The segment for the slots of a new set, charged to its owner.
+asio::awaitable<Result<SlotMemory>> make_slot_memory(Call& call, const ResultRecord& record,
+                                                     std::span<const std::byte> job) {
   Core& core = call.core;
-  const uid_t owner = call.session->peer().uid;
-  const ResultLayout layout = ResultSets::layout_of(terms);
+  const uid_t owner = record.owner_uid;
+  const ResultLayout layout = result_layout(record);
   const std::uint64_t size_bytes = std::min(layout.max_bytes, layout.values_offset + kFirstValueBytes);
   auto charge = [&] { return core.store.charge_segment(owner, size_bytes); };
   const auto charged = co_await when_there_is_room(call, charge);
   if (!charged) co_return error_of(charged);
   auto work = [session = call.session, &env = core.env, id = core.store.next_id(), size_bytes] {
-    return env.create(id, size_bytes, "", session->gone());
+    return env.create(id, size_bytes, "", {}, session->gone());
   };
   auto segment = co_await core.offload(std::move(work));
   if (!segment) {
     core.store.release_segment(owner, size_bytes);
-    if (segment.error().code == Errc::out_of_memory) co_return shm_is_full(core, size_bytes);
-    co_return error_of(std::move(segment));
+    co_return not_backed(core, size_bytes, segment.error());
   }
   segment->lease.reset();  // the daemon goes on writing to it
   auto mapping = Mapping::map(segment->writer.get(), layout.max_bytes, Access::read_write);
@@ -81,7 +83,12 @@ asio::awaitable<Result<SlotMemory>> make_slot_memory(Call& call, const ResultTer
     if (!mapping) co_return error_of(std::move(mapping));
     co_return peer_gone(call);
   }
-  write_result_header(mapping->data(), set, terms.slots, layout);
+  write_result_header(mapping->data(), record, layout, job);
+  if (auto marked = core.env.mark_slots(*segment); !marked) {
+    core.store.discard(owner, *std::move(segment));
+    core.settle();
+    co_return error_of(std::move(marked));
+  }
   co_return SlotMemory{*std::move(segment), *std::move(mapping)};
 }
 
@@ -90,21 +97,22 @@ asio::awaitable<Result<const ResultSetRecord*>> make_dense(Call& call, const Cre
   const auto array = co_await make_array(call, request);
   if (!array) co_return error_of(array);
   const ArrayId id = (*array)->id;
-  auto memory = co_await make_slot_memory(call, terms, id);
-  const ArrayRecord* record = call.core.store.find(id);
+  const ResultRecord described = ResultSets::record_of(call.session->id(), terms, **array);
+  auto memory = co_await make_slot_memory(call, described, terms.job);
   if (!memory) {
     call.core.store.retire(id);
     call.core.settle();
     co_return error_of(std::move(memory));
   }
-  COWMGR_ASSERT(record != nullptr);  // it goes with its session, which make_slot_memory() has looked at
-  co_return &call.core.results.add_dense(call.session->id(), terms, *record, *std::move(memory));
+  // The array goes with its session, which make_slot_memory() has looked at.
+  co_return &call.core.results.add(described, *std::move(memory));
 }
 
 asio::awaitable<Result<const ResultSetRecord*>> make_ragged(Call& call, const CreateRequest& request,
                                                             const ResultTerms& terms) {
-  const ArrayId id = call.core.store.next_id();
-  auto memory = co_await make_slot_memory(call, terms, id);
+  const ResultRecord record =
+      call.core.results.record_of(call.session->id(), terms, call.core.store.next_id(), request, Core::now());
+  auto memory = co_await make_slot_memory(call, record, terms.job);
   if (!memory) co_return error_of(std::move(memory));
   const SessionId session = call.session->id();
   // Somebody may have been faster while the memory was made.
@@ -112,7 +120,7 @@ asio::awaitable<Result<const ResultSetRecord*>> make_ragged(Call& call, const Cr
     call.core.store.discard(call.session->peer().uid, std::move(memory->segment));
     co_return error_of(std::move(ok));
   }
-  co_return &call.core.results.add_ragged(session, terms, id, request, *std::move(memory), Core::now());
+  co_return &call.core.results.add(record, *std::move(memory));
 }
 
 // ---- Room for values ----
@@ -122,7 +130,7 @@ std::uint64_t grown_bytes(const ResultSetRecord& set, std::uint64_t size_bytes) 
   const std::uint64_t now = set.table.backed_bytes();
   const std::uint64_t more = std::max(std::clamp(set.table.value_bytes(), kLeastGrowth, kMostGrowth),
                                       (size_bytes + kPageBytes - 1) / kPageBytes * kPageBytes);
-  return std::min(now + more, ResultSets::layout_of(set.terms).max_bytes);
+  return std::min(now + more, set.table.max_bytes());
 }
 
 // Makes the set's segment longer. The set may be gone when this is done.
@@ -134,15 +142,17 @@ asio::awaitable<Result<void>> grow(Call& call, ArrayId id, std::uint64_t new_byt
   auto segment = std::make_shared<Segment>(
       Segment{.name = set->memory.segment.name, .size_bytes = set->memory.segment.size_bytes});
   segment->writer.reset(::fcntl(set->memory.segment.writer.get(), F_DUPFD_CLOEXEC, 0));
+  if (!segment->writer) co_return tl::unexpected(os_error("fcntl(F_DUPFD_CLOEXEC)", segment->name, errno));
   auto charge = [&] { return core.store.charge_growth(owner, more); };
   if (const auto charged = co_await when_there_is_room(call, charge); !charged) co_return error_of(charged);
   auto work = [&env = core.env, segment, new_bytes] { return env.grow(*segment, new_bytes); };
   const auto grown = co_await core.offload(std::move(work));
   ResultSetRecord* still = core.results.get(id);
-  if (!grown || still == nullptr) {
+  const bool is_over = still == nullptr || still->state == ResultSetRecord::State::cancelled;
+  if (!grown || is_over) {
     core.store.release_growth(owner, more);
-    if (!grown && grown.error().code == Errc::out_of_memory) co_return shm_is_full(core, more);
-    co_return grown;
+    if (!grown) co_return not_backed(core, more, grown.error());
+    co_return Result<void>();
   }
   still->memory.segment.size_bytes = new_bytes;
   still->table.extend(new_bytes);
@@ -157,7 +167,7 @@ asio::awaitable<Result<ResultSetRecord*>> with_value_room(Call& call, ArrayId id
   for (;;) {
     const auto set = core.results.find_to_work(call.session->id(), id);
     if (!set || (*set)->table.room_bytes() >= size_bytes) co_return set;
-    if ((*set)->table.backed_bytes() == ResultSets::layout_of((*set)->terms).max_bytes) co_return set;
+    if ((*set)->table.backed_bytes() == (*set)->table.max_bytes()) co_return set;
     if ((*set)->is_growing) {
       const auto woken = co_await call.channel.wait_change(key, Deadline::max());
       if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);
@@ -178,7 +188,10 @@ asio::awaitable<Result<ResultSetRecord*>> with_value_room(Call& call, ArrayId id
 Reply lease_reply(Call& call, const ResultSetRecord& set, std::span<const ResultSets::Lease> leases,
                   bool is_mapped, const std::vector<Offset<wire::Refusal>>& refused = {}) {
   std::vector<wire::SlotLease> slots;
-  for (const auto& lease : leases) slots.emplace_back(lease.slot, lease.attempt);
+  for (const auto& lease : leases) {
+    slots.emplace_back(lease.slot, lease.attempt);
+    call.leases.emplace_back(set.id, lease.slot);
+  }
   if (!leases.empty() && !is_mapped && !set.terms.is_ragged)
     call.fds = {call.core.store.find(set.id)->segment.writer.get()};
   return reply_of(wire::CreateLeasedDirect(call.builder, &slots, set.table.is_settled() || !set.is_open(),
@@ -229,20 +242,24 @@ Result<std::vector<Commit>> commits_of(const wire::CommitSlots& table) {
 }
 
 // The array of a slot is sealed first, as any other; if the slot is lost meanwhile, the array goes.
-asio::awaitable<Result<void>> commit_array(Call& call, ArrayId id, SlotIndex slot) {
+asio::awaitable<Result<void>> commit_array(Call& call, ArrayId id, const Commit& commit) {
   Core& core = call.core;
   ResultSetRecord& set = *core.results.get(id);
-  if (auto ok = set.table.check_holder(call.session->id(), slot); !ok) co_return ok;
+  const SlotIndex slot = commit.slot;
+  if (auto ok = set.table.check_holder(call.session->id(), slot, commit.attempt); !ok) co_return ok;
   const auto at = set.allocated.find(slot);
   if (at == set.allocated.end())
     co_return fail(Errc::invalid_argument, fmt::format("no array was allocated for slot {}", slot));
   const ArrayId array = at->second;
   set.table.hold(slot);
-  const auto sealed = co_await seal(call, array, false);
+  const auto sealed = co_await seal(call, kHouse, array, false);
   if (call.session->gone()) co_return peer_gone(call);
   if (!sealed) {
-    if (ResultSetRecord* refused = core.results.get(id); refused != nullptr && refused->is_open())
+    if (ResultSetRecord* refused = core.results.get(id); refused != nullptr && refused->is_open()) {
       refused->table.resume(slot, Core::moment().tick);
+      // What cannot be sealed at all is gone: the slot is free of it, and may be allocated or given back.
+      if (core.store.find(array) == nullptr) core.results.drop_allocated(*refused, slot);
+    }
     co_return sealed;
   }
   const auto still = core.results.find_to_work(call.session->id(), id);
@@ -251,12 +268,13 @@ asio::awaitable<Result<void>> commit_array(Call& call, ArrayId id, SlotIndex slo
   co_return error_of(still);
 }
 
-asio::awaitable<Result<void>> commit_one(Call& call, ResultSetRecord& set, const Commit& commit) {
+// What needs no waiting.
+Result<void> commit_at_once(Call& call, ResultSetRecord& set, const Commit& commit) {
   const SessionId session = call.session->id();
-  if (auto ok = set.table.check_holder(session, commit.slot, commit.attempt); !ok) co_return ok;
-  if (!set.terms.is_ragged) co_return call.core.results.commit_rows(session, set, commit.slot, Core::now());
-  if (commit.is_array) co_return co_await commit_array(call, set.id, commit.slot);
-  co_return call.core.results.commit_value(session, set, commit.slot, commit.value, Core::now());
+  const Time now = Core::now();
+  if (auto ok = set.table.check_holder(session, commit.slot, commit.attempt); !ok) return ok;
+  if (!set.terms.is_ragged) return call.core.results.commit_rows(session, set, commit.slot, now);
+  return call.core.results.commit_value(session, set, commit.slot, commit.value, now);
 }
 
 }  // namespace
@@ -267,6 +285,8 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
   const ResultTerms terms = terms_of(table);
   ResultSets& results = call.core.results;
   if (auto ok = ResultSets::check(*request, terms); !ok) co_return error_of(std::move(ok));
+  if (const auto* made = call.is_again ? results.find_made(call.session->id(), terms.token) : nullptr)
+    co_return opened_reply(call, *made);
   if (auto ok = results.check_name_is_free(call.session->id(), request->name, request->replace); !ok)
     co_return error_of(std::move(ok));
   Result<const ResultSetRecord*> made = nullptr;
@@ -278,12 +298,34 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
   if (!made) co_return error_of(made);
   const ResultSetRecord& set = **made;
   call.core.waits.wake({Topic::array_name, 0, set.name});
+  if (!set.terms.queue.empty()) call.core.waits.wake({Topic::queue, 0, set.terms.queue});
   spdlog::info("result set {} (#{}, {} slots, {}) made by process {}", printable(set.name), set.id,
                set.table.size(), terms.is_ragged ? "ragged" : format_size(set.data_bytes), set.owner_pid);
   co_return opened_reply(call, set);
 }
 
+namespace {
+
+Answer open_queued(Call& call, const wire::OpenResults& table) {
+  const std::string queue(view_of(table.queue()));
+  if (auto ok = check_name(queue); !ok) co_return error_of(std::move(ok));
+  const Deadline deadline = deadline_after(table.wait_ms());
+  const WaitKey key{Topic::queue, 0, queue};
+  for (bool is_late = table.wait_ms() == 0;;) {
+    if (const auto* set = call.core.results.open_queued(call.session->id(), queue))
+      co_return opened_reply(call, *set);
+    if (is_late)
+      co_return fail(Errc::timed_out, fmt::format("no set of queue {} has a free slot", printable(queue)));
+    const auto woken = co_await call.channel.wait_change(key, deadline);
+    if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);
+    is_late = woken == Channel::Woken::deadline;
+  }
+}
+
+}  // namespace
+
 Answer open_results(Call& call, const wire::OpenResults& table) {
+  if (size_of(table.queue()) > 0) co_return co_await open_queued(call, table);
   const std::string name(view_of(table.name()));
   if (auto ok = check_name(name); !ok) co_return error_of(std::move(ok));
   const Deadline deadline = deadline_after(table.wait_ms());
@@ -341,9 +383,8 @@ Answer allocate_slot(Call& call, const wire::AllocateSlot& table) {
   core.results.drop_allocated(**set, table.slot());  // it has the name
   auto dtype = Dtype::parse(view_of(table.dtype()));
   if (!dtype) co_return error_of(std::move(dtype));
-  const Order order = table.order() == wire::ByteOrder::fortran ? Order::fortran : Order::c;
   const CreateRequest request{.name = fmt::format("{}/{}", (*set)->name, table.slot()),
-                              .spec = {*std::move(dtype), shape_of(table.shape()), order},
+                              .spec = {*std::move(dtype), shape_of(table.shape()), order_of(table.order())},
                               .owner = (*set)->owner};
   const auto record = co_await make_array(call, request);
   if (!record) co_return error_of(record);
@@ -370,9 +411,17 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
   if (!set) co_return error_of(set);
   std::vector<Offset<wire::Refusal>> refused;
   for (const Commit& commit : *commits) {
-    set = co_await with_value_room(call, table.set(), commit.value.size());
-    if (!set) co_return error_of(set);
-    const auto committed = co_await commit_one(call, **set, commit);
+    // An earlier daemon did it, and could not say so any more.
+    if (call.is_again && (*set)->table.was_committed(commit.slot, commit.attempt)) continue;
+    if ((*set)->table.room_bytes() < commit.value.size())
+      set = co_await with_value_room(call, table.set(), commit.value.size());
+    if (!set) break;
+    // Who awaits where there is nothing to wait for pays as much as for the rest of the request.
+    Result<void> committed;
+    if (commit.is_array && (*set)->terms.is_ragged)
+      committed = co_await commit_array(call, table.set(), commit);
+    else
+      committed = commit_at_once(call, **set, commit);
     if (call.session->gone()) co_return peer_gone(call);
     if (!committed) {
       const auto& [code, message] = committed.error();
@@ -380,7 +429,11 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
                                                   message.c_str()));
     }
     set = results.find_to_work(session, table.set());
-    if (!set) co_return error_of(set);
+    if (!set) break;
+  }
+  if (!set) {
+    call.core.settle();  // of what was committed before
+    co_return error_of(set);
   }
   std::vector<ResultSets::Lease> leases;
   if (table.next() > 0)
@@ -392,15 +445,19 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
 }
 
 Answer fail_slot(Call& call, const wire::FailSlot& table) {
-  const std::string_view message = view_of(table.message()).substr(0, kMaxMessageBytes);
+  const std::string_view message = view_of(table.message()).substr(0, kMaxReasonBytes);
   const std::string reason = is_utf8(message) ? std::string(message) : printable(message);
   const auto set = co_await with_value_room(call, table.set(), reason.size());
   if (!set) co_return error_of(set);
   spdlog::warn("slot {} of result set {} failed in process {}: {}", table.slot(), printable((*set)->name),
                call.session->peer().pid, printable(reason));
-  if (auto ok = (*set)->table.check_holder(call.session->id(), table.slot(), table.attempt()); !ok)
+  if (auto ok = (*set)->table.check_holder(call.session->id(), table.slot(), table.attempt()); !ok) {
+    if (call.is_again) co_return done(call);  // an earlier daemon did it
     co_return error_of(std::move(ok));
-  if (auto ok = call.core.results.fail(call.session->id(), **set, table.slot(), reason, Core::now()); !ok)
+  }
+  if (auto ok =
+          call.core.results.fail(call.session->id(), **set, table.slot(), reason, table.final(), Core::now());
+      !ok)
     co_return error_of(std::move(ok));
   if (!table.mapped()) call.core.results.unmapped(call.session->id(), table.set());
   call.core.settle();
@@ -461,9 +518,11 @@ Answer wait_results(Call& call, const wire::WaitResults& table) {
 
 Answer cancel_results(Call& call, const wire::CancelResults& table) {
   const auto set = call.core.results.find(call.session->id(), table.set());
+  if (!set && call.is_again && set.error().code == Errc::not_found) co_return done(call);  // so it is done
   if (!set) co_return error_of(set);
   const std::string name = (*set)->name;
-  if (auto ok = call.core.results.cancel(call.session->id(), **set); !ok) co_return error_of(std::move(ok));
+  if (auto ok = call.core.results.cancel(call.session->id(), **set, table.forget()); !ok)
+    co_return error_of(std::move(ok));
   spdlog::info("result set {} (#{}) cancelled by process {}", printable(name), table.set(),
                call.session->peer().pid);
   co_await call.core.settle_and_reclaim();
@@ -477,7 +536,7 @@ Answer list_results(Call& call, const wire::ListResults& table) {
   std::vector<Offset<wire::ResultsInfo>> sets;
   for (const ResultSetRecord* set : found) {
     if (call.builder.GetSize() > kPageBytesUsed) break;
-    sets.push_back(pack(call.builder, *set, call.core.store));
+    sets.push_back(pack(call.builder, *set));
   }
   const bool is_last = sets.size() == found.size() && found.size() < limit;
   co_return reply_of(

@@ -12,7 +12,6 @@ namespace {
 
 using SetState = ResultSetRecord::State;
 
-constexpr std::uint64_t kReasonBytes = 4096;  // of a failed slot, in a set without values
 // A worker that asks for its share gets one in so many of what is left for each: small shares at the end.
 constexpr std::uint64_t kShares = 2;
 
@@ -41,6 +40,14 @@ Result<void> ResultSets::check(const CreateRequest& request, const ResultTerms& 
     return refuse(Errc::invalid_argument,
                   fmt::format("a result set has 1 to {} slots, not {}", kMaxSlots, terms.slots));
   }
+  if (terms.job.size() > kMaxJobBytes) {
+    return refuse(Errc::invalid_argument,
+                  fmt::format("a job has at most {} bytes, not {}; put an array for more", kMaxJobBytes,
+                              terms.job.size()));
+  }
+  if (!terms.queue.empty()) {
+    if (auto ok = check_name(terms.queue); !ok) return ok;
+  }
   if (terms.is_ragged) return check_name(fmt::format("{}/{}", request.name, terms.slots - 1));
   if (request.spec.shape.empty()) {
     return refuse(Errc::invalid_shape, "a result set needs a first axis, whose rows are split into slots");
@@ -64,49 +71,191 @@ Result<void> ResultSets::check_name_is_free(SessionId session, const std::string
   return {};
 }
 
-ResultLayout ResultSets::layout_of(const ResultTerms& terms) noexcept {
-  return result_layout(terms.slots, terms.is_ragged ? kMaxValueBytes : kReasonBytes);
+namespace {
+
+// What is the same for both kinds.
+ResultRecord record_of_terms(SessionId session, const ResultTerms& terms, const Ownership& owner,
+                             Time created) {
+  return {.slots = terms.slots,
+          .job_bytes = terms.job.size(),
+          .queue = terms.queue,
+          .maker = session,
+          .token = terms.token,
+          .created_us = microseconds(created),
+          .owner_uid = owner.uid,
+          .owner_gid = owner.gid,
+          .mode = owner.mode,
+          .is_ragged = terms.is_ragged,
+          .is_detached = terms.is_detached,
+          .attempts = terms.limits.attempts,
+          .lease_ms = static_cast<std::uint32_t>(terms.limits.lease.count())};
 }
 
-const ResultSetRecord& ResultSets::add(ResultSetRecord set) {
+ResultTerms terms_of(const ResultRecord& record) {
+  return {.slots = record.slots,
+          .is_ragged = record.is_ragged,
+          .is_detached = record.is_detached,
+          .limits = {.attempts = record.attempts, .lease = std::chrono::milliseconds(record.lease_ms)},
+          .queue = record.queue,
+          .token = record.token};
+}
+
+std::string failure_of(SlotIndex slot, std::string_view reason) {
+  return fmt::format("slot {}: {}", slot, reason);
+}
+
+}  // namespace
+
+ResultRecord ResultSets::record_of(SessionId session, const ResultTerms& terms, const ArrayRecord& array) {
+  ResultRecord record = record_of_terms(session, terms, array.owner, array.created);
+  record.set = array.id;
+  record.name = array.name;
+  record.replace = array.replace;
+  record.evictable = array.evictable;
+  record.npy_header = array.header;
+  return record;
+}
+
+ResultRecord ResultSets::record_of(SessionId session, const ResultTerms& terms, ArrayId id,
+                                   const CreateRequest& request, Time now) const {
+  const Peer& peer = store_.peer(session);
+  ResultRecord record = record_of_terms(session, terms, {peer.uid, peer.gid, request.mode & 0777U}, now);
+  record.set = id;
+  record.name = request.name;
+  return record;
+}
+
+ResultSetRecord ResultSets::set_of(const ResultRecord& record, const SlotMemory& memory) {
+  const ResultTerms terms = terms_of(record);
+  return {.id = record.set,
+          .name = record.name,
+          .terms = terms,
+          .owner = {record.owner_uid, record.owner_gid, record.mode},
+          .session = record.maker,
+          .owner_pid = pid_of(record.maker),
+          .created = time_at(record.created_us),
+          .table = SlotTable(memory.mapping.data(), terms.slots, memory.segment.size_bytes, terms.limits)};
+}
+
+ResultSetRecord& ResultSets::insert(ResultSetRecord set, SlotMemory memory) {
+  if (set.terms.is_ragged) remove_ragged(set.name);
+  set.memory = std::move(memory);
   const ArrayId id = set.id;
+  if (set.terms.limits.lease.count() > 0) timed_.insert(id);
   const auto [at, is_new] = sets_.try_emplace(id, std::move(set));
   COWMGR_ASSERT(is_new);
   return at->second;
 }
 
-const ResultSetRecord& ResultSets::add_dense(SessionId session, const ResultTerms& terms,
-                                             const ArrayRecord& array, SlotMemory memory) {
-  SlotTable table(memory.mapping.data(), terms.slots, memory.segment.size_bytes, terms.limits);
-  return add({.id = array.id,
-              .name = array.name,
-              .terms = terms,
-              .spec = array.spec,
-              .data_bytes = array.data_bytes,
-              .owner = array.owner,
-              .session = session,
-              .owner_pid = array.writer_pid,
-              .created = array.created,
-              .memory = std::move(memory),
-              .table = std::move(table)});
+const ResultSetRecord& ResultSets::add(const ResultRecord& record, SlotMemory memory) {
+  ResultSetRecord set = set_of(record, memory);
+  if (!record.is_ragged) {
+    store_.hand_to_house(record.set);
+    const ArrayRecord* output = store_.find(record.set);
+    set.spec = output->spec;
+    set.data_bytes = output->data_bytes;
+  }
+  return insert(std::move(set), std::move(memory));
 }
 
-const ResultSetRecord& ResultSets::add_ragged(SessionId session, const ResultTerms& terms, ArrayId id,
-                                              const CreateRequest& request, SlotMemory memory, Time now) {
+void ResultSets::remove_ragged(std::string_view name) {
   for (auto at = sets_.begin(); at != sets_.end();)
-    at = at->second.name == request.name && at->second.terms.is_ragged ? remove(at) : std::next(at);
-  const Peer& peer = store_.peer(session);
-  SlotTable table(memory.mapping.data(), terms.slots, memory.segment.size_bytes, terms.limits);
-  return add({.id = id,
-              .name = request.name,
-              .terms = terms,
-              .owner = {peer.uid, peer.gid, request.mode & 0777U},
-              .session = session,
-              .owner_pid = peer.pid,
-              .created = now,
-              .memory = std::move(memory),
-              .table = std::move(table)});
+    at = at->second.name == name && at->second.terms.is_ragged ? remove(at) : std::next(at);
 }
+
+const ResultSetRecord* ResultSets::find_made(SessionId session, std::uint64_t token) const {
+  const auto at = std::find_if(sets_.begin(), sets_.end(), [&](const auto& entry) {
+    return token != 0 && entry.second.session == session && entry.second.terms.token == token;
+  });
+  return at == sets_.end() ? nullptr : &at->second;
+}
+
+// ---- What an earlier daemon left ----
+
+Result<void> ResultSets::adopt(const ResultRecord& record, const ArraySpec& spec, SlotMemory& memory,
+                               const Moment& now) {
+  ResultSetRecord set = set_of(record, memory);
+  if (auto ok = set.table.adopt(now.tick); !ok) return ok;
+  // More than any that was told before, so that whoever waits for a change looks again.
+  set.revision = static_cast<std::uint64_t>(microseconds(now.time));
+  if (const auto failed = set.table.first_failed()) set.message = failure_of(failed->first, failed->second);
+  if (!record.is_ragged) {
+    set.spec = spec;
+    set.data_bytes = data_bytes(spec).value_or(0);
+    const CreateRequest request{.name = record.name,
+                                .spec = spec,
+                                .replace = record.replace,
+                                .evictable = record.evictable,
+                                .owner = set.owner};
+    const ArrayRecord* output = store_.find(record.set);
+    if (output != nullptr)
+      set.state = SetState::done;
+    else if (set.table.is_settled() && set.table.failed() > 0)
+      set.state = SetState::failed;
+    else if (auto claimed = store_.claim(kHouse, record.set, request, now.time); !claimed)
+      return error_of(std::move(claimed));
+    if (output != nullptr && set.table.committed() < set.table.size())
+      return refuse(Errc::corrupted, "its array is sealed, but not all of its slots are committed");
+  } else if (set.table.is_settled()) {
+    set.state = set.table.failed() > 0 ? SetState::failed : SetState::done;
+  }
+  for (const SessionId holder : set.table.holders()) set.workers.insert(holder);
+  store_.take_over_segment(set.owner.uid, memory.segment.size_bytes);
+  auto& added = insert(std::move(set), std::move(memory));
+  adopt_allocated(added, now.time);
+  touch(added);
+  return {};
+}
+
+// Of a ragged set: the arrays that holders of slots were writing. One that is sealed was being committed when
+// the daemon died: that goes on.
+void ResultSets::adopt_allocated(ResultSetRecord& set, Time now) {
+  for (const SessionId holder : set.table.holders()) {
+    for (const SlotIndex slot : set.table.held_by(holder)) {
+      const SlotSnapshot held = set.table.slot(slot);
+      if (held.content != SlotContent::array) continue;
+      const std::string name = fmt::format("{}/{}", set.name, slot);
+      if (const ArrayRecord* sealed = store_.find(held.place); sealed != nullptr && sealed->name == name) {
+        const auto ok = set.table.commit_array(holder, slot, sealed->id, sealed->data_bytes, now);
+        COWMGR_ASSERT(ok.has_value());
+        continue;
+      }
+      set.table.note_array(slot, 0);
+      const ArraySpec* spec = store_.unclaimed_spec(held.place);
+      if (spec == nullptr) continue;
+      const CreateRequest request{.name = name, .spec = *spec, .owner = set.owner};
+      if (store_.claim(kHouse, held.place, request, now)) allocated(set, slot, held.place);
+    }
+  }
+}
+
+std::set<SessionId> ResultSets::sessions() const {
+  std::set<SessionId> sessions;
+  for (const auto& [id, set] : sets_) {
+    if (set.session != 0) sessions.insert(set.session);
+    for (const SessionId holder : set.table.holders()) sessions.insert(holder);
+  }
+  return sessions;
+}
+
+bool ResultSets::holds(SessionId session, ArrayId set, SlotIndex slot, std::uint32_t attempt) const {
+  const auto at = sets_.find(set);
+  return at != sets_.end() && at->second.is_open() &&
+         at->second.table.check_holder(session, slot, attempt).has_value();
+}
+
+void ResultSets::keep_only(SessionId session, const Slots& known, Time now) {
+  for (auto& [id, set] : sets_) {
+    if (!set.is_open()) continue;
+    for (const SlotIndex slot : set.table.held_by(session)) {
+      if (!known.contains({id, slot})) (void)give_back(session, set, slot, now);
+    }
+    // It has no slot, so for all that we know it has not mapped the set either; if it has, the seal waits.
+    if (set.table.leases_of(session) == 0 && set.workers.erase(session) > 0) touch(set);
+  }
+}
+
+// ---- Who may, and which ----
 
 bool ResultSets::may(SessionId session, const ResultSetRecord& set, Right right) const {
   return is_allowed(store_.peer(session), set.owner, right, admin_);
@@ -122,6 +271,16 @@ Result<const ResultSetRecord*> ResultSets::open(SessionId session, std::string_v
   if (newest == nullptr) return no_such_set(name);
   if (may(session, *newest, Right::write) || may(session, *newest, Right::read)) return newest;
   return not_yours(*newest, "see it");
+}
+
+const ResultSetRecord* ResultSets::open_queued(SessionId session, std::string_view queue) const {
+  const uid_t user = store_.peer(session).uid;
+  const auto at = std::find_if(sets_.begin(), sets_.end(), [&](const auto& entry) {
+    const ResultSetRecord& set = entry.second;
+    return set.terms.queue == queue && set.owner.uid == user && set.state == SetState::running &&
+           set.table.free() > 0;
+  });
+  return at == sets_.end() ? nullptr : &at->second;
 }
 
 Result<ResultSetRecord*> ResultSets::find(SessionId session, ArrayId set) {
@@ -183,9 +342,14 @@ std::vector<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRec
   }
   std::vector<Lease> leases;
   while (leases.size() < count) {
+    // Where attempts are counted, who was lost before goes alone: if it is to blame, the others of its batch
+    // must not pay again.
+    const bool is_alone = set.table.is_next_to_go_alone();
+    if (is_alone && !leases.empty()) break;
     const auto lease = set.table.lease_any(session, now);
     if (!lease) break;
     leases.push_back(*lease);
+    if (is_alone) break;
   }
   if (leases.empty()) return leases;
   set.workers.insert(session);
@@ -205,6 +369,8 @@ Result<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRecord& 
 void ResultSets::allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array) {
   drop_allocated(set, slot);
   set.allocated.emplace(slot, array);
+  store_.hand_to_house(array);
+  set.table.note_array(slot, array);
 }
 
 Result<void> ResultSets::commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
@@ -233,13 +399,13 @@ Result<void> ResultSets::commit_array(SessionId session, ResultSetRecord& set, S
 }
 
 Result<void> ResultSets::fail(SessionId session, ResultSetRecord& set, SlotIndex slot,
-                              std::string_view reason, Time now) {
-  const auto is_final = set.table.fail(session, slot, reason, now);
-  if (!is_final) return error_of(is_final);
+                              std::string_view reason, bool is_final, Time now) {
+  const auto has_failed = set.table.fail(session, slot, reason, is_final, now);
+  if (!has_failed) return error_of(has_failed);
   drop_allocated(set, slot);
-  if (*is_final && set.message.empty()) set.message = fmt::format("slot {}: {}", slot, reason);
+  if (*has_failed && set.message.empty()) set.message = failure_of(slot, reason);
   Change& change = touch(set);
-  (*is_final ? change.is_settled : change.has_free) = true;
+  (*has_failed ? change.is_settled : change.has_free) = true;
   return {};
 }
 
@@ -253,8 +419,7 @@ Result<void> ResultSets::give_back(SessionId session, ResultSetRecord& set, Slot
 void ResultSets::lost(ResultSetRecord& set, const SlotTable::Lost& lost, std::string_view reason) {
   if (lost.slots.empty()) return;
   for (const SlotIndex slot : lost.slots) drop_allocated(set, slot);
-  if (lost.first_failed && set.message.empty())
-    set.message = fmt::format("slot {}: {}", *lost.first_failed, reason);
+  if (lost.first_failed && set.message.empty()) set.message = failure_of(*lost.first_failed, reason);
   Change& change = touch(set);
   change.has_free = true;
   change.is_settled = change.is_settled || lost.first_failed.has_value();
@@ -277,9 +442,9 @@ void ResultSets::unmapped(SessionId session, ArrayId set) {
 
 // ---- Ending ----
 
-Result<void> ResultSets::cancel(SessionId session, ResultSetRecord& set) {
+Result<void> ResultSets::cancel(SessionId session, ResultSetRecord& set, bool forget) {
   if (!may(session, set, Right::write)) return not_yours(set, "cancel it");
-  if (!set.is_open()) {
+  if (forget || !set.is_open()) {
     remove(sets_.find(set.id));
     return {};
   }
@@ -313,6 +478,7 @@ ResultSets::Sets::iterator ResultSets::remove(Sets::iterator at) {
   }
   changed_[set.id].has_ended = true;
   settled_.erase(set.id);
+  timed_.erase(set.id);
   return sets_.erase(at);
 }
 
@@ -333,7 +499,8 @@ void ResultSets::close_session(SessionId session, std::string_view reason, Time 
 }
 
 void ResultSets::expire(const Moment& now) {
-  for (auto& [id, set] : sets_) {
+  for (const ArrayId id : timed_) {
+    ResultSetRecord& set = sets_.at(id);
     if (set.is_open())
       lost(set, set.table.expire(now), fmt::format("no result within {} ms", set.terms.limits.lease.count()));
   }
@@ -341,7 +508,8 @@ void ResultSets::expire(const Moment& now) {
 
 std::optional<Tick> ResultSets::next_deadline() const {
   std::optional<Tick> next;
-  for (const auto& [id, set] : sets_) {
+  for (const ArrayId id : timed_) {
+    const ResultSetRecord& set = sets_.at(id);
     const auto deadline = set.is_open() ? set.table.next_deadline() : std::nullopt;
     if (deadline && (!next || *deadline < *next)) next = deadline;
   }
@@ -359,16 +527,20 @@ ResultSets::Change& ResultSets::touch(ResultSetRecord& set) {
   return changed_[set.id];
 }
 
-std::vector<ArrayId> ResultSets::finish_settled(Time now) {
-  std::vector<ArrayId> refused;
+std::vector<ResultSets::Refused> ResultSets::finish_settled(Time now) {
+  std::vector<Refused> refused;
   for (const ArrayId id : std::vector<ArrayId>(settled_.begin(), settled_.end())) {
     ResultSetRecord& set = sets_.at(id);
-    if (!finish(set, now) && set.workers.empty()) refused.push_back(id);
+    const auto finished = finish(set, now);
+    if (!finished)
+      refused.push_back({id, finished.error().message});
+    else if (!*finished && set.workers.empty())
+      refused.push_back({id, ""});
   }
   return refused;
 }
 
-bool ResultSets::finish(ResultSetRecord& set, Time now) {
+Result<bool> ResultSets::finish(ResultSetRecord& set, Time now) {
   if (set.terms.is_ragged) {
     end(set, set.table.failed() > 0 ? SetState::failed : SetState::done, set.message);
     return true;
@@ -384,15 +556,17 @@ bool ResultSets::finish(ResultSetRecord& set, Time now) {
     touch(set);
   }
   if (!set.workers.empty()) return false;
-  const ArrayRecord* array = store_.find(set.id);
-  const auto sealed = store_.seal(array == nullptr ? 0 : array->writer, set.id, false, now);
+  const auto sealed = store_.seal(kHouse, set.id, false, now);
   if (sealed && !*sealed) return false;
   if (sealed) {
     end(set, SetState::done, "");
-  } else {
-    end(set, SetState::failed, sealed.error().message);
-    free_memory(set);  // refused, it is still being written otherwise
+    return true;
   }
+  // What all workers have done is not given up because the kernel is short of something.
+  if (const Errc code = sealed.error().code; code == Errc::out_of_memory || code == Errc::os_failure)
+    return error_of(sealed);
+  end(set, SetState::failed, sealed.error().message);
+  free_memory(set);  // refused, it is still being written otherwise
   return true;
 }
 

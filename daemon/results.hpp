@@ -36,6 +36,9 @@ struct ResultTerms {
   bool is_ragged = false;
   bool is_detached = false;  // outlives the session that made it
   SlotLimits limits{};
+  std::string queue{};           // workers find the set through it; empty: by its name alone
+  std::uint64_t token = 0;       // the maker's number of its request
+  std::vector<std::byte> job{};  // what the maker says to the workers; in the set's segment
 };
 
 // The memory of a set's slots: its own segment, mapped for writing, with its header written.
@@ -82,18 +85,38 @@ class ResultSets {
   // Whether a set of that name may be made. Errors: already_exists, permission_denied.
   [[nodiscard]] Result<void> check_name_is_free(SessionId session, const std::string& name,
                                                 bool replace) const;
-  // Layout of the segment for the slots.
-  [[nodiscard]] static ResultLayout layout_of(const ResultTerms& terms) noexcept;
+  // What the segment for the slots says of a set: a dense one whose output is `array`, or a ragged one.
+  [[nodiscard]] static ResultRecord record_of(SessionId session, const ResultTerms& terms,
+                                              const ArrayRecord& array);
+  [[nodiscard]] ResultRecord record_of(SessionId session, const ResultTerms& terms, ArrayId id,
+                                       const CreateRequest& request, Time now) const;
 
-  // Adds a dense set whose output array is `array`, being written.
-  const ResultSetRecord& add_dense(SessionId session, const ResultTerms& terms, const ArrayRecord& array,
-                                   SlotMemory memory);
-  // Adds a ragged set in the place of those of that name.
-  const ResultSetRecord& add_ragged(SessionId session, const ResultTerms& terms, ArrayId id,
-                                    const CreateRequest& request, SlotMemory memory, Time now);
+  // Adds a set that is described so: a dense one, whose output array is being written and is the set's from
+  // here on, or a ragged one in the place of those of its name.
+  const ResultSetRecord& add(const ResultRecord& record, SlotMemory memory);
+  // The set that this session asked for with that request before, or null.
+  [[nodiscard]] const ResultSetRecord* find_made(SessionId session, std::uint64_t token) const;
+
+  // ---- What an earlier daemon left ----
+
+  // Takes over a set, in the place of older ones of its name, whose segment says `record`, with all that its
+  // slots hold. The store has adopted what is sealed, and keeps the rest unclaimed. Errors: corrupted;
+  // not_found, when the output array is gone: nobody needs the set any more.
+  [[nodiscard]] Result<void> adopt(const ResultRecord& record, const ArraySpec& spec, SlotMemory& memory,
+                                   const Moment& now);
+  // The sessions that have something: their processes may come back to it. Those that do not come are closed.
+  [[nodiscard]] std::set<SessionId> sessions() const;
+  // Whether the session has that lease.
+  [[nodiscard]] bool holds(SessionId session, ArrayId set, SlotIndex slot, std::uint32_t attempt) const;
+  // Takes back what the session has leased beyond `known`: it never heard of it.
+  using Slots = std::set<std::pair<ArrayId, SlotIndex>>;
+  void keep_only(SessionId session, const Slots& known, Time now);
 
   // The running set of that name, or the newest other. Errors: not_found, permission_denied.
   [[nodiscard]] Result<const ResultSetRecord*> open(SessionId session, std::string_view name) const;
+  // The oldest set of the queue that has a free slot, or null. Only sets of the same user count: to take work
+  // from a queue is to do what the set's maker says.
+  [[nodiscard]] const ResultSetRecord* open_queued(SessionId session, std::string_view queue) const;
   // Errors: not_found, permission_denied.
   [[nodiscard]] Result<ResultSetRecord*> find(SessionId session, ArrayId set);
   // The same, whoever asks; null if there is none.
@@ -125,7 +148,7 @@ class ResultSets {
                                           std::span<const std::byte> value, Time now);
   [[nodiscard]] Result<void> commit_array(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   [[nodiscard]] Result<void> fail(SessionId session, ResultSetRecord& set, SlotIndex slot,
-                                  std::string_view reason, Time now);
+                                  std::string_view reason, bool is_final, Time now);
   [[nodiscard]] Result<void> give_back(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   // The session has no writable mapping of the set any more.
   void unmapped(SessionId session, ArrayId set);
@@ -133,9 +156,9 @@ class ResultSets {
   // ---- Ending ----
 
   // A running set: leases are taken back, memory is given back, and everybody who asks is told. Of its table
-  // only the counts are left. One that has ended: it is forgotten, with what it holds. Errors:
-  // permission_denied.
-  [[nodiscard]] Result<void> cancel(SessionId session, ResultSetRecord& set);
+  // only the counts are left. One that has ended, and with `forget` one that runs: it is forgotten, with what
+  // it holds. Errors: permission_denied.
+  [[nodiscard]] Result<void> cancel(SessionId session, ResultSetRecord& set, bool forget);
   // Gives back what the session held, for that reason, and removes the sets that it made.
   void close_session(SessionId session, std::string_view reason, Time now);
   // Takes the slots back whose time is over.
@@ -143,9 +166,13 @@ class ResultSets {
   [[nodiscard]] std::optional<Tick> next_deadline() const;
   // The array is gone: so is the record of the dense set that it was.
   void forget_array(ArrayId array);
-  // Finishes the sets whose slots are all settled. Returns those that the kernel does not let us seal yet,
-  // although no session says that it still maps them: to be tried again soon.
-  [[nodiscard]] std::vector<ArrayId> finish_settled(Time now);
+  struct Refused {
+    ArrayId set = 0;
+    std::string why;  // empty: somebody can still write to it, although no session says that it has it mapped
+  };
+  // Finishes the sets whose slots are all settled. Returns those that cannot be sealed yet: to be tried again
+  // soon.
+  [[nodiscard]] std::vector<Refused> finish_settled(Time now);
   // Why a set cannot be sealed, for its waiters to read.
   void explain(ArrayId set, std::string message);
 
@@ -160,8 +187,12 @@ class ResultSets {
  private:
   using Sets = std::map<ArrayId, ResultSetRecord>;
   [[nodiscard]] bool may(SessionId session, const ResultSetRecord& set, Right right) const;
-  const ResultSetRecord& add(ResultSetRecord set);
-  [[nodiscard]] bool finish(ResultSetRecord& set, Time now);
+  // What a segment says of a set, but for its output array, and its memory.
+  [[nodiscard]] static ResultSetRecord set_of(const ResultRecord& record, const SlotMemory& memory);
+  ResultSetRecord& insert(ResultSetRecord set, SlotMemory memory);
+  void remove_ragged(std::string_view name);
+  void adopt_allocated(ResultSetRecord& set, Time now);
+  [[nodiscard]] Result<bool> finish(ResultSetRecord& set, Time now);
   void lost(ResultSetRecord& set, const SlotTable::Lost& lost, std::string_view reason);
   Change& touch(ResultSetRecord& set);
   void end(ResultSetRecord& set, ResultSetRecord::State state, std::string message);
@@ -172,6 +203,7 @@ class ResultSets {
   uid_t admin_;
   Sets sets_;
   std::set<ArrayId> settled_;  // all slots settled, not finished yet
+  std::set<ArrayId> timed_;    // whose leases run out
   std::map<ArrayId, Change> changed_;
 };
 

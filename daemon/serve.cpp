@@ -27,27 +27,26 @@ struct Connection {
   std::shared_ptr<Session> session{};  // from the greeting on
 };
 
-// The next verified request, or null when the connection is to be closed.
-asio::awaitable<const wire::Request*> next_request(Connection& connection) {
-  if (!co_await connection.channel.receive(connection.frame)) co_return nullptr;
+// The request in the frame that was received, or null when the connection is to be closed.
+const wire::Request* request_of(const Connection& connection) {
   const auto* request = verified_root<wire::Request>(connection.frame);
   // The verifier accepts a union whose type is set and whose table is absent.
-  if (request != nullptr && request->body() != nullptr) co_return request;
+  if (request != nullptr && request->body() != nullptr) return request;
   spdlog::debug("a connection is closed: malformed frame of {} bytes", connection.frame.size());
-  co_return nullptr;
+  return nullptr;
 }
 
-asio::awaitable<Channel::Sent> send_reply(Connection& connection, const Reply& reply,
-                                          std::span<const int> fds) {
-  connection.builder.Finish(wire::CreateReply(connection.builder, reply.type, reply.body));
-  return connection.channel.send(bytes_of(connection.builder), fds);
+// Builds the frame of a reply.
+std::span<const std::byte> frame_of(Builder& builder, const Reply& reply) {
+  builder.Finish(wire::CreateReply(builder, reply.type, reply.body));
+  return bytes_of(builder);
 }
 
-asio::awaitable<Channel::Sent> send_failure(Connection& connection, const Error& error) {
-  connection.builder.Clear();
-  const auto body = wire::CreateFailureDirect(connection.builder, static_cast<std::uint16_t>(error.code),
-                                              error.message.c_str());
-  return send_reply(connection, {wire::ReplyBody::Failure, body.Union()}, {});
+std::span<const std::byte> frame_of(Builder& builder, const Error& error) {
+  builder.Clear();
+  const auto body =
+      wire::CreateFailureDirect(builder, static_cast<std::uint16_t>(error.code), error.message.c_str());
+  return frame_of(builder, Reply{wire::ReplyBody::Failure, body.Union()});
 }
 
 Result<std::shared_ptr<Session>> join(Core& core, const Peer& peer, SessionId id) {
@@ -63,9 +62,15 @@ Result<std::shared_ptr<Session>> join(Core& core, const Peer& peer, SessionId id
   return at->second;
 }
 
-std::shared_ptr<Session> open_session(Core& core, const Peer& peer, std::string_view command,
-                                      UniqueFd pidfd) {
-  const SessionId id = ++core.last_session;
+SessionId new_session_id(const Core& core, pid_t pid) {
+  SessionId id = 0;
+  do id = session_id(random_id(), pid);
+  while (id == 0 || core.sessions.contains(id));
+  return id;
+}
+
+std::shared_ptr<Session> open_session(Core& core, const Peer& peer, std::string_view command, UniqueFd pidfd,
+                                      SessionId id) {
   const std::string_view shown = command.substr(0, kMaxCommandBytes);
   auto session = std::make_shared<Session>(core, id, peer, check_name(shown) ? std::string(shown) : "?");
   core.sessions.emplace(id, session);
@@ -85,50 +90,74 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
             "this daemon (cowmgr {}) speaks protocol version {}, the client speaks {}; upgrade the older one",
             kVersion, kProtocolVersion, hello->protocol()));
   }
-  if (hello->join() != 0) return join(core, peer, hello->join());
-  return open_session(core, peer, view_of(hello->command()), std::move(pidfd));
+  const bool is_there = core.sessions.contains(hello->join());
+  if (hello->join() != 0 && (is_there || !hello->resume())) return join(core, peer, hello->join());
+  // A session of an earlier daemon: its number says whose it was, and the kernel who asks.
+  const bool is_own = hello->join() != 0 && peer.pid > 0 && pid_of(hello->join()) == peer.pid;
+  const SessionId id = is_own ? hello->join() : new_session_id(core, peer.pid);
+  if (is_own && core.has_come_back(id)) spdlog::debug("process {} came back to its session", peer.pid);
+  return open_session(core, peer, view_of(hello->command()), std::move(pidfd), id);
 }
 
-// The views that a reply could not bring do not count.
-asio::awaitable<Channel::Sent> take_views_back(Connection& connection, const Call& call) {
+// What a reply could not bring does not count: the session may live on with other connections.
+void take_leases_back(const Call& call) {
+  for (const auto& [id, slot] : call.leases) {
+    ResultSetRecord* set = call.core.results.get(id);
+    if (set != nullptr && set->is_open())
+      (void)call.core.results.give_back(call.session->id(), *set, slot, Core::now());
+  }
+  call.core.settle();
+}
+
+Error take_views_back(const Call& call) {
   for (const ArrayId id : call.views) call.core.store.release(call.session->id(), id, Core::now());
   call.core.settle();
-  return send_failure(connection,
-                      {Errc::out_of_memory,
-                       "too many descriptors of the daemon's user are on their way through sockets; "
-                       "try again, or raise the daemon's limit of open files"});
+  return {Errc::out_of_memory,
+          "too many descriptors of the daemon's user are on their way through sockets; "
+          "try again, or raise the daemon's limit of open files"};
 }
 
 // Answers requests until the connection or the session ends.
 asio::awaitable<void> answer_all(Connection& connection) {
   const std::shared_ptr<Session>& session = connection.session;
-  while (const auto* request = co_await next_request(connection)) {
+  using Sent = Channel::Sent;
+  while (co_await connection.channel.receive(connection.frame)) {
+    const auto* request = request_of(connection);
     // The process may have ended while its last frames still lay in the socket: what it held is gone.
-    if (session->gone()) co_return;
+    if (request == nullptr || session->gone()) co_return;
     connection.builder.Clear();
-    Call call{connection.core, connection.channel, session, connection.builder, {}, {}};
+    Call call{connection.core, connection.channel, session, connection.builder, request->again(), {}, {}};
     const auto reply = co_await answer(call, *request);
     if (session->gone() || call.peer_is_gone) co_return;
     if (reply && reply->type == wire::ReplyBody::NONE) continue;
-    auto sent = Channel::Sent::connection_ended;
-    if (reply)
-      sent = co_await send_reply(connection, *reply, call.fds);
-    else
-      sent = co_await send_failure(connection, reply.error());
+    if (!reply) call.fds.clear();
+    auto frame = reply ? frame_of(connection.builder, *reply) : frame_of(connection.builder, reply.error());
+    auto sent = connection.channel.try_send(frame, call.fds);
+    if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, call.fds);
     if (session->gone()) co_return;
-    if (sent == Channel::Sent::too_many_descriptors && !call.views.empty())
-      sent = co_await take_views_back(connection, call);
-    if (sent != Channel::Sent::yes) co_return;
+    if (sent == Sent::too_many_descriptors && !call.views.empty()) {
+      frame = frame_of(connection.builder, take_views_back(call));
+      sent = connection.channel.try_send(frame, {});
+      if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, {});
+      if (session->gone()) co_return;
+      call.views.clear();
+    }
+    if (sent != Sent::yes) {
+      (void)take_views_back(call);
+      take_leases_back(call);
+      co_return;
+    }
   }
 }
 
 asio::awaitable<void> converse(Connection& connection, const Peer& peer, UniqueFd pidfd) {
-  const auto* request = co_await next_request(connection);
+  if (!co_await connection.channel.receive(connection.frame)) co_return;
+  const auto* request = request_of(connection);
   if (request == nullptr) co_return;
   auto session = greet(connection.core, peer, *request, std::move(pidfd));
   if (!session) {
     spdlog::info("process {} of user {} is refused: {}", peer.pid, peer.uid, session.error().message);
-    co_await send_failure(connection, session.error());
+    (void)connection.channel.try_send(frame_of(connection.builder, session.error()), {});
     co_return;
   }
   connection.session = *std::move(session);
@@ -136,18 +165,15 @@ asio::awaitable<void> converse(Connection& connection, const Peer& peer, UniqueF
   const auto welcome = wire::CreateWelcomeDirect(
       connection.builder, kProtocolVersion, std::string(kVersion).c_str(),
       connection.core.config.instance.c_str(), connection.session->id(), ::getpid());
-  const Reply reply{wire::ReplyBody::Welcome, welcome.Union()};
-  if (co_await send_reply(connection, reply, {}) == Channel::Sent::yes) co_await answer_all(connection);
+  const auto frame = frame_of(connection.builder, Reply{wire::ReplyBody::Welcome, welcome.Union()});
+  if (connection.channel.try_send(frame, {}) == Channel::Sent::yes) co_await answer_all(connection);
 }
 
 }  // namespace
 
 void refuse(int socket, const Error& error) {
   Builder builder;
-  const auto body =
-      wire::CreateFailureDirect(builder, static_cast<std::uint16_t>(error.code), error.message.c_str());
-  builder.Finish(wire::CreateReply(builder, wire::ReplyBody::Failure, body.Union()));
-  (void)send_frame(socket, bytes_of(builder), {});
+  (void)send_frame(socket, frame_of(builder, error), {});
 }
 
 asio::awaitable<void> serve(Core& core, UniqueFd socket, Peer peer, UniqueFd pidfd) {

@@ -63,11 +63,12 @@ int lease_signal() noexcept {
   return SIGRTMIN;
 }
 
-Server::Server(asio::io_context& io, Core& core, UniqueFd listener)
+Server::Server(asio::io_context& io, Core& core, UniqueFd listener, UniqueFd names)
     : io_(io),
       core_(core),
       listener_(io, listener.release()),
       leases_(io, lease_signals().release()),
+      names_(io),
       parent_(io),
       signals_(io, SIGTERM),
       pause_(io) {
@@ -80,6 +81,7 @@ Server::Server(asio::io_context& io, Core& core, UniqueFd listener)
     signals_.add(SIGINT);
     signals_.add(SIGHUP);  // the terminal was closed
   }
+  if (names) names_.assign(names.release());
   core_.stop = [this] { stop(); };
 }
 
@@ -87,6 +89,7 @@ void Server::run() {
   asio::co_spawn(io_, accept_peers(), asio::detached);
   asio::co_spawn(io_, watch_signals(), asio::detached);
   asio::co_spawn(io_, watch_leases(), asio::detached);
+  if (names_.is_open()) asio::co_spawn(io_, watch_names(), asio::detached);
   if (parent_.is_open()) asio::co_spawn(io_, watch_parent(), asio::detached);
   io_.run();  // returns when the last coroutine has ended, which stop() brings about
 }
@@ -137,10 +140,20 @@ asio::awaitable<void> Server::watch_leases() {
   }
 }
 
+asio::awaitable<void> Server::watch_names() {
+  for (;;) {
+    const auto [error] = co_await names_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+    if (error) co_return;
+    core_.report_removals(core_.env.read_removals(names_.native_handle()));
+  }
+}
+
 // The parent never writes: what can be read is the end of its side.
 asio::awaitable<void> Server::watch_parent() {
-  const auto [error] = co_await parent_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
-  if (error) co_return;
+  do {
+    const auto [error] = co_await parent_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
+    if (error) co_return;
+  } while (!is_readable(parent_.native_handle()));
   spdlog::info("stopping: the parent process ended");
   stop();
 }
@@ -150,12 +163,13 @@ void Server::stop() {
   boost::system::error_code ignored;
   listener_.close(ignored);
   leases_.close(ignored);
+  names_.close(ignored);
   parent_.close(ignored);
   signals_.cancel(ignored);
   pause_.cancel();
-  core_.stop_timers();
-  // Sessions give back what they held, and memory that is being made for them is given up; views in other
-  // processes stay valid. A session takes itself out of the map.
+  core_.begin_to_stop();
+  // Memory that is being made for them is given up; views in other processes stay valid. A session takes
+  // itself out of the map.
   while (!core_.sessions.empty()) core_.sessions.begin()->second->close();
   for (Channel* channel : core_.connections) channel->shutdown();
 }

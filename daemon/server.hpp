@@ -16,8 +16,8 @@ namespace cowmgr {
 
 class Server {
  public:
-  // `listener`: listening, non-blocking.
-  Server(asio::io_context& io, Core& core, UniqueFd listener);
+  // `listener`: listening, non-blocking. `names`: of ShmEnv::watch_names(), from before the recovery.
+  Server(asio::io_context& io, Core& core, UniqueFd listener, UniqueFd names);
 
   // Serves until SIGTERM, SIGINT, a Shutdown request, or the end of the parent of an embedded daemon; then
   // ends every session. Blocks. What the arrays held is given back by then.
@@ -28,6 +28,7 @@ class Server {
   void accept_one();
   [[nodiscard]] asio::awaitable<void> watch_signals();
   [[nodiscard]] asio::awaitable<void> watch_leases();
+  [[nodiscard]] asio::awaitable<void> watch_names();
   [[nodiscard]] asio::awaitable<void> watch_parent();
   void stop();
 
@@ -35,6 +36,7 @@ class Server {
   Core& core_;
   asio::posix::stream_descriptor listener_;
   asio::posix::stream_descriptor leases_;
+  asio::posix::stream_descriptor names_;
   asio::posix::stream_descriptor parent_;
   asio::signal_set signals_;
   asio::steady_timer pause_;

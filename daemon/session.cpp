@@ -19,11 +19,14 @@ void Session::close() {
   if (gone_.exchange(true)) return;
   spdlog::debug("session {} of process {} ({}) ended", id_, peer_.pid, command_);
   for (Channel* channel : channels_) channel->shutdown();
+  const std::string end = end_of(peer_.pid, pidfd_.is_open() ? pidfd_.native_handle() : -1);
   boost::system::error_code ignored;
   pidfd_.close(ignored);
-  core_.results.close_session(id_, end_of(peer_.pid), Core::now());
-  core_.store.close_session(id_);
-  core_.settle();
+  if (!core_.keeps_sessions()) {
+    core_.results.close_session(id_, end, Core::now());
+    core_.store.close_session(id_);
+    core_.settle();
+  }
   core_.sessions.erase(id_);  // may be the last reference to this object
 }
 
@@ -35,9 +38,13 @@ void Session::remove(Channel& channel) {
 asio::awaitable<void> Session::watch_process(UniqueFd pidfd) {
   const auto self = shared_from_this();
   pidfd_.assign(pidfd.release());
-  const auto [error] = co_await pidfd_.async_wait(asio::posix::stream_descriptor::wait_read,
-                                                  asio::as_tuple(asio::use_awaitable));
-  if (!error) close();
+  for (;;) {
+    const auto [error] = co_await pidfd_.async_wait(asio::posix::stream_descriptor::wait_read,
+                                                    asio::as_tuple(asio::use_awaitable));
+    if (error) co_return;
+    if (is_readable(pidfd_.native_handle())) break;
+  }
+  close();
 }
 
 }  // namespace cowmgr

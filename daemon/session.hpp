@@ -19,7 +19,8 @@ class Session : public std::enable_shared_from_this<Session> {
  public:
   Session(Core& core, SessionId id, Peer peer, std::string command);
 
-  // Ends all channels and gives back all that the session held. May be called twice.
+  // Ends all channels and gives back all that the session held, but for a daemon that stops and keeps it for
+  // the next one. May be called twice.
   void close();
   void add(Channel& channel) { channels_.insert(&channel); }
   void remove(Channel& channel);
@@ -31,6 +32,13 @@ class Session : public std::enable_shared_from_this<Session> {
   [[nodiscard]] const std::string& command() const noexcept { return command_; }
   [[nodiscard]] Time connected() const noexcept { return connected_; }
   [[nodiscard]] std::size_t channels() const noexcept { return channels_.size(); }
+  // What the process says that it has, until it has said all of it.
+  struct Held {
+    Store::Views views;
+    std::set<ArrayId> writing;
+    ResultSets::Slots slots;
+  };
+  [[nodiscard]] Held& held() noexcept { return held_; }
   // Set when the session ended. To be looked at after every await: what it held is gone then.
   [[nodiscard]] const std::atomic<bool>& gone() const noexcept { return gone_; }
 
@@ -41,6 +49,7 @@ class Session : public std::enable_shared_from_this<Session> {
   std::string command_;
   Time connected_;
   std::set<Channel*> channels_;
+  Held held_;
   asio::posix::stream_descriptor pidfd_;
   std::atomic<bool> gone_{false};
 };

@@ -1,9 +1,11 @@
 #include "daemon/slot_table.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include <fmt/format.h>
 
+#include "daemon/state_change.hpp"
 #include "proto/segment.hpp"
 
 namespace cowmgr {
@@ -26,11 +28,12 @@ SlotTable::SlotTable(std::byte* memory, std::uint64_t slots, std::uint64_t backe
       limits_(limits),
       order_offset_(reinterpret_cast<const ResultHeader*>(memory)->order_offset),
       values_offset_(reinterpret_cast<const ResultHeader*>(memory)->values_offset),
+      max_bytes_(reinterpret_cast<const ResultHeader*>(memory)->max_bytes),
       used_bytes_(values_offset_),
       backed_bytes_(backed_bytes) {}
 
 SlotEntry& SlotTable::entry(SlotIndex slot) const noexcept {
-  return reinterpret_cast<SlotEntry*>(memory_ + kPageBytes)[slot];
+  return reinterpret_cast<SlotEntry*>(memory_ + kSlotsOffset)[slot];
 }
 
 SlotState SlotTable::state(SlotIndex slot) const noexcept {
@@ -38,25 +41,102 @@ SlotState SlotTable::state(SlotIndex slot) const noexcept {
 }
 
 SlotSnapshot SlotTable::slot(SlotIndex slot) const noexcept {
-  const SlotEntry& from = entry(slot);
-  const std::uint64_t word = from.word.load(std::memory_order_relaxed);
-  return {.state = static_cast<SlotState>(word & 0xFFU),
-          .content = static_cast<SlotContent>(word >> 8U & 0xFFU),
-          .attempt = attempt_of(from),
-          .holder = from.holder.load(std::memory_order_relaxed),
-          .since_us = from.since_us.load(std::memory_order_relaxed),
-          .place = from.place,
-          .size_bytes = from.size_bytes};
+  return snapshot_of(entry(slot));
 }
 
 // The word last: it makes the rest of the entry visible.
 void SlotTable::write(SlotIndex slot, SlotState state, SlotContent content, std::uint32_t attempt,
                       Time now) noexcept {
   SlotEntry& to = entry(slot);
-  to.since_us.store(now.time_since_epoch().count(), std::memory_order_relaxed);
+  to.since_us.store(microseconds(now), std::memory_order_relaxed);
   to.word.store(static_cast<std::uint64_t>(state) | static_cast<std::uint64_t>(content) << 8U |
                     static_cast<std::uint64_t>(attempt) << 32U,
                 std::memory_order_release);
+  note_state_change();
+}
+
+// ---- After a restart ----
+
+// Whether what the slot says is what a daemon writes: nothing is read from a place that is not the segment's.
+bool SlotTable::is_whole(SlotIndex slot) const noexcept {
+  const SlotSnapshot now = snapshot_of(entry(slot));
+  switch (now.state) {
+    case SlotState::free:
+      return now.content == SlotContent::none;
+    case SlotState::leased:
+      return now.holder != 0 && (now.content == SlotContent::none || now.content == SlotContent::array);
+    case SlotState::committed:
+      if (now.content == SlotContent::rows || now.content == SlotContent::array) return true;
+      if (now.content != SlotContent::value) return false;
+      break;
+    case SlotState::failed:
+      if (now.content != SlotContent::reason) return false;
+      break;
+    default:
+      return false;
+  }
+  return now.place >= values_offset_ && now.place <= backed_bytes_ &&
+         now.size_bytes <= backed_bytes_ - now.place;
+}
+
+Result<void> SlotTable::adopt(Tick now) {
+  for (SlotIndex slot = 0; slot < slots_; ++slot) {
+    if (!is_whole(slot)) return refuse(Errc::corrupted, fmt::format("slot {} is damaged", slot));
+    const SlotEntry& at = entry(slot);
+    switch (state(slot)) {
+      case SlotState::free:
+        if (attempt_of(at) == 0) continue;
+        break;
+      case SlotState::leased:
+        held_[at.holder.load(std::memory_order_relaxed)].insert(slot);
+        ++leased_;
+        resume(slot, now);
+        break;
+      case SlotState::committed:
+        ++committed_;
+        break;
+      case SlotState::failed:
+        ++failed_;
+        break;
+    }
+    const SlotContent content = snapshot_of(at).content;
+    if (content == SlotContent::value || content == SlotContent::reason)
+      used_bytes_ = std::max(used_bytes_, at.place + at.size_bytes);
+    // Up to the last that was ever leased.
+    for (; next_ <= slot; ++next_) {
+      if (state(next_) == SlotState::free) returned_.insert(next_);
+    }
+  }
+  adopt_order();
+  return {};
+}
+
+// A daemon that died while it settled a slot may have written the slot, but not yet the count.
+void SlotTable::adopt_order() {
+  auto* order = reinterpret_cast<std::uint32_t*>(memory_ + order_offset_);
+  auto& header = *reinterpret_cast<ResultHeader*>(memory_);
+  std::vector<bool> is_listed(slots_);
+  std::uint64_t listed = 0;
+  const auto list = [&](SlotIndex slot) {
+    if (slot >= slots_ || is_listed[slot] || state(slot) < SlotState::committed) return;
+    is_listed[slot] = true;
+    order[listed++] = static_cast<std::uint32_t>(slot);
+  };
+  const std::uint64_t counted = std::min(header.settled.load(std::memory_order_relaxed), slots_);
+  for (std::uint64_t rank = 0; rank < counted; ++rank) list(order[rank]);
+  for (SlotIndex slot = 0; slot < slots_ && listed < settled(); ++slot) list(slot);
+  header.settled.store(settled(), std::memory_order_release);
+  note_state_change();
+}
+
+std::optional<std::pair<SlotIndex, std::string>> SlotTable::first_failed() const {
+  if (failed_ == 0) return std::nullopt;
+  const auto* order = reinterpret_cast<const std::uint32_t*>(memory_ + order_offset_);
+  const auto* at =
+      std::find_if(order, order + settled(), [&](SlotIndex one) { return state(one) == SlotState::failed; });
+  const SlotEntry& found = entry(*at);
+  return std::pair(SlotIndex{*at},
+                   std::string(reinterpret_cast<const char*>(memory_ + found.place), found.size_bytes));
 }
 
 // ---- Leasing ----
@@ -92,6 +172,7 @@ SlotTable::Lease SlotTable::take(SessionId session, SlotIndex slot, const Moment
   SlotEntry& taken = entry(slot);
   const std::uint32_t attempt = attempt_of(taken) + 1;
   taken.holder.store(session, std::memory_order_relaxed);
+  note_state_change();
   write(slot, SlotState::leased, SlotContent::none, attempt, now.time);
   return {slot, attempt};
 }
@@ -111,6 +192,22 @@ Result<void> SlotTable::check_holder(SessionId session, SlotIndex slot, std::uin
   if (auto ok = check_holder(session, slot); !ok) return ok;
   if (attempt == 0 || attempt == attempt_of(entry(slot))) return {};
   return not_leased(slot);
+}
+
+bool SlotTable::was_committed(SlotIndex slot, std::uint32_t attempt) const noexcept {
+  return slot < slots_ && state(slot) == SlotState::committed && attempt_of(entry(slot)) == attempt;
+}
+
+// Never "array" with an id that is not that array's.
+void SlotTable::note_array(SlotIndex slot, std::uint64_t id) {
+  SlotEntry& to = entry(slot);
+  const std::uint64_t word = to.word.load(std::memory_order_relaxed) & ~std::uint64_t{0xFF00};
+  to.word.store(word, std::memory_order_release);
+  note_state_change();
+  if (id == 0) return;
+  std::atomic_ref(to.place).store(id, std::memory_order_relaxed);
+  to.word.store(word | static_cast<std::uint64_t>(SlotContent::array) << 8U, std::memory_order_release);
+  note_state_change();
 }
 
 tl::unexpected<Error> SlotTable::not_leased(SlotIndex slot) const {
@@ -151,7 +248,6 @@ void SlotTable::abandon() {
 void SlotTable::let_go(SessionId session, SlotIndex slot) {
   forget_deadline(slot);
   --leased_;
-  entry(slot).holder.store(0, std::memory_order_relaxed);
   const auto held = held_.find(session);
   if (held == held_.end()) return;  // lose_all() has taken it out already
   held->second.erase(slot);
@@ -165,6 +261,7 @@ void SlotTable::settle(SessionId session, SlotIndex slot, SlotState state, SlotC
   write(slot, state, content, attempt_of(entry(slot)), now);
   ++(state == SlotState::committed ? committed_ : failed_);
   reinterpret_cast<ResultHeader*>(memory_)->settled.store(settled(), std::memory_order_release);
+  note_state_change();
 }
 
 void SlotTable::store(SlotIndex slot, std::span<const std::byte> bytes) {
@@ -172,6 +269,7 @@ void SlotTable::store(SlotIndex slot, std::span<const std::byte> bytes) {
   if (!bytes.empty()) std::memcpy(memory_ + used_bytes_, bytes.data(), bytes.size());
   entry(slot).place = used_bytes_;
   entry(slot).size_bytes = bytes.size();
+  note_state_change();
   used_bytes_ += bytes.size();
 }
 
@@ -205,14 +303,18 @@ void SlotTable::fail_for_good(SessionId session, SlotIndex slot, std::string_vie
   settle(session, slot, SlotState::failed, SlotContent::reason, now);
 }
 
+// The holder last: "leased" is never without one.
 void SlotTable::make_free(SlotIndex slot, Time now) {
   write(slot, SlotState::free, SlotContent::none, attempt_of(entry(slot)), now);
+  entry(slot).holder.store(0, std::memory_order_relaxed);
+  note_state_change();
   if (slot < next_) returned_.insert(slot);
 }
 
-Result<bool> SlotTable::fail(SessionId session, SlotIndex slot, std::string_view reason, Time now) {
+Result<bool> SlotTable::fail(SessionId session, SlotIndex slot, std::string_view reason, bool is_final,
+                             Time now) {
   if (auto ok = check_holder(session, slot); !ok) return error_of(std::move(ok));
-  const bool is_final = attempt_of(entry(slot)) >= limits_.attempts;  // so it is without a limit
+  is_final = is_final || attempt_of(entry(slot)) >= limits_.attempts;  // so it is without a limit
   if (is_final) {
     fail_for_good(session, slot, reason, now);
   } else {
@@ -238,6 +340,18 @@ void SlotTable::lose(SessionId session, SlotIndex slot, std::string_view reason,
   }
   fail_for_good(session, slot, reason, now);
   if (!lost.first_failed) lost.first_failed = slot;
+}
+
+std::vector<SlotIndex> SlotTable::held_by(SessionId session) const {
+  const auto at = held_.find(session);
+  return at == held_.end() ? std::vector<SlotIndex>()
+                           : std::vector<SlotIndex>(at->second.begin(), at->second.end());
+}
+
+std::vector<SessionId> SlotTable::holders() const {
+  std::vector<SessionId> sessions;
+  for (const auto& [session, slots] : held_) sessions.push_back(session);
+  return sessions;
 }
 
 SlotTable::Lost SlotTable::lose_all(SessionId session, std::string_view reason, Time now) {

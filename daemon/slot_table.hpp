@@ -42,9 +42,12 @@ struct Moment {
 
 class SlotTable {
  public:
-  // `memory`: writable, of a new result segment of `slots` slots, whose header is written and whose bytes up
-  // to `backed_bytes` may be touched. Borrowed.
+  // `memory`: writable, of a result segment of `slots` slots, whose header is written and whose bytes up to
+  // `backed_bytes` may be touched. Borrowed. For a new one, all of whose slots are free, or adopt() follows.
   SlotTable(std::byte* memory, std::uint64_t slots, std::uint64_t backed_bytes, const SlotLimits& limits);
+  // Takes over what an earlier daemon wrote, whichever store was its last. The time of leases begins again.
+  // Errors: corrupted, when the slots contradict each other as no daemon leaves them.
+  [[nodiscard]] Result<void> adopt(Tick now);
 
   struct Lease {
     SlotIndex slot = 0;
@@ -52,6 +55,11 @@ class SlotTable {
   };
   // The free slot with the lowest index, or none.
   [[nodiscard]] std::optional<Lease> lease_any(SessionId session, const Moment& now);
+  // Whether that slot may have killed who held it, and must not take others down with it: attempts are
+  // limited, and it was leased before, or has but one.
+  [[nodiscard]] bool is_next_to_go_alone() const noexcept {
+    return limits_.attempts == 1 || (limits_.attempts > 1 && !returned_.empty());
+  }
   // Errors: not_found, busy, already_committed, slot_failed.
   [[nodiscard]] Result<Lease> lease(SessionId session, SlotIndex slot, const Moment& now);
 
@@ -61,6 +69,10 @@ class SlotTable {
   // The same, and that it is still lease `attempt` (0: whichever): the slot may have come back to this
   // session.
   [[nodiscard]] Result<void> check_holder(SessionId session, SlotIndex slot, std::uint32_t attempt) const;
+  // Whether that lease of the slot ended with its commit. No other worker was ever told of that attempt.
+  [[nodiscard]] bool was_committed(SlotIndex slot, std::uint32_t attempt) const noexcept;
+  // Notes which array the holder of `slot` is writing; 0: none any more.
+  void note_array(SlotIndex slot, std::uint64_t id);
   // From here on the lease does not run out: its holder was in time, and the daemon is at work.
   void hold(SlotIndex slot) { forget_deadline(slot); }
   // The daemon is done, and the slot is still leased: its time begins again.
@@ -74,9 +86,10 @@ class SlotTable {
   // `value` is copied; room_bytes() must suffice.
   [[nodiscard]] Result<void> commit_value(SessionId session, SlotIndex slot, std::span<const std::byte> value,
                                           Time now);
-  // The holder's word that it cannot be done. Whether the slot failed for good: with no limit of attempts at
-  // once, else at the last.
-  [[nodiscard]] Result<bool> fail(SessionId session, SlotIndex slot, std::string_view reason, Time now);
+  // The holder's word that it cannot be done. Whether the slot failed for good: at once if `is_final` or with
+  // no limit of attempts, else at the last.
+  [[nodiscard]] Result<bool> fail(SessionId session, SlotIndex slot, std::string_view reason, bool is_final,
+                                  Time now);
   // Back without having been tried.
   [[nodiscard]] Result<void> give_back(SessionId session, SlotIndex slot, Time now);
 
@@ -85,6 +98,10 @@ class SlotTable {
     std::vector<SlotIndex> slots;
     std::optional<SlotIndex> first_failed;
   };
+  // What `session` holds.
+  [[nodiscard]] std::vector<SlotIndex> held_by(SessionId session) const;
+  // Who holds something.
+  [[nodiscard]] std::vector<SessionId> holders() const;
   // The session went.
   Lost lose_all(SessionId session, std::string_view reason, Time now);
   // The leases whose time is over.
@@ -100,10 +117,13 @@ class SlotTable {
   [[nodiscard]] bool is_settled() const noexcept { return settled() == slots_; }
   [[nodiscard]] std::uint32_t leases_of(SessionId session) const;
   [[nodiscard]] SlotSnapshot slot(SlotIndex slot) const noexcept;
+  // The failed slot that was settled first, or none, and its reason.
+  [[nodiscard]] std::optional<std::pair<SlotIndex, std::string>> first_failed() const;
 
   // Bytes of values that the segment can still take, and what it gained when it was made longer.
   [[nodiscard]] std::uint64_t room_bytes() const noexcept { return backed_bytes_ - used_bytes_; }
   [[nodiscard]] std::uint64_t backed_bytes() const noexcept { return backed_bytes_; }
+  [[nodiscard]] std::uint64_t max_bytes() const noexcept { return max_bytes_; }
   void extend(std::uint64_t backed_bytes) noexcept { backed_bytes_ = backed_bytes; }
   [[nodiscard]] std::uint64_t value_bytes() const noexcept { return used_bytes_ - values_offset_; }
 
@@ -117,6 +137,8 @@ class SlotTable {
   void settle(SessionId session, SlotIndex slot, SlotState state, SlotContent content, Time now);
   void store(SlotIndex slot, std::span<const std::byte> bytes);
   void make_free(SlotIndex slot, Time now);
+  [[nodiscard]] bool is_whole(SlotIndex slot) const noexcept;
+  void adopt_order();
   void fail_for_good(SessionId session, SlotIndex slot, std::string_view reason, Time now);
   void lose(SessionId session, SlotIndex slot, std::string_view reason, Time now, Lost& lost);
   void forget_deadline(SlotIndex slot);
@@ -126,6 +148,7 @@ class SlotTable {
   SlotLimits limits_;
   std::uint64_t order_offset_;
   std::uint64_t values_offset_;
+  std::uint64_t max_bytes_;
   std::uint64_t used_bytes_;
   std::uint64_t backed_bytes_;
 

@@ -20,10 +20,6 @@ bool matches(const std::string& pattern, const std::string& name) {
   return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
 }
 
-std::int64_t microseconds(Time time) {
-  return time.time_since_epoch().count();
-}
-
 TrailerInfo trailer_of(const ArrayRecord& record) {
   return {.name = record.name,
           .id = record.id,
@@ -35,7 +31,8 @@ TrailerInfo trailer_of(const ArrayRecord& record) {
           .owner_gid = record.owner.gid,
           .mode = record.owner.mode,
           .evictable = record.evictable,
-          .checksum = 0};
+          .checksum = record.checksum,
+          .writer = record.writer == kHouse ? 0 : record.writer};
 }
 
 tl::unexpected<Error> no_such_array(std::string_view name) {
@@ -54,6 +51,10 @@ tl::unexpected<Error> pinned(const ArrayRecord& record) {
 }
 
 }  // namespace
+
+TrailerPage trailer_page(const ArrayRecord& record) {
+  return encode_trailer(trailer_of(record));
+}
 
 Store::Store(const ShmEnv& env, const StoreOptions& options)
     : env_(env), options_(options), quota_(options.quota), last_id_(options.first_id - 1) {
@@ -84,36 +85,42 @@ Store::Holdings& Store::holdings(SessionId session) {
 // ---- Making arrays ----
 
 Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, Time now) {
-  const Holdings& held = holdings(session);
   if (auto ok = check_name(request.name); !ok) return error_of(std::move(ok));
   const auto bytes = data_bytes(request.spec);
   if (!bytes) return error_of(bytes);
   auto header = make_npy_header(request.spec, kDataOffset);
   if (!header) return error_of(std::move(header));
   if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
-  const std::uint64_t size_bytes = segment_bytes(*bytes);
-  const Ownership owner =
-      request.owner.value_or(Ownership{held.peer.uid, held.peer.gid, request.mode & 0777U});
-  if (auto ok = charge_segment(owner.uid, size_bytes); !ok) return error_of(std::move(ok));
-  const ArrayId id = next_id();
-  const SessionId writer = request.is_detached ? kHouse : session;
-  holdings(writer).writing.insert(id);
+  if (auto ok = charge_segment(owner_of(session, request).uid, segment_bytes(*bytes)); !ok)
+    return error_of(std::move(ok));
+  return add_record(session, next_id(), request, *std::move(header), now).id;
+}
+
+Ownership Store::owner_of(SessionId session, const CreateRequest& request) const {
+  const Peer& peer = holdings(session).peer;
+  return request.owner.value_or(Ownership{peer.uid, peer.gid, request.mode & 0777U});
+}
+
+ArrayRecord& Store::add_record(SessionId session, ArrayId id, const CreateRequest& request,
+                               std::string header, Time now) {
   const std::uint64_t version = next_version(request.name);
+  holdings(session).writing.insert(id);
   names_[request.name].all.insert(id);
-  records_.emplace(id, ArrayRecord{.id = id,
-                                   .name = request.name,
-                                   .version = version,
-                                   .spec = request.spec,
-                                   .header = *std::move(header),
-                                   .data_bytes = *bytes,
-                                   .owner = owner,
-                                   .replace = request.replace,
-                                   .evictable = request.evictable,
-                                   .writer = writer,
-                                   .writer_pid = held.peer.pid,
-                                   .created = now,
-                                   .last_used = now});
-  return id;
+  const auto [at, is_new] = records_.emplace(id, ArrayRecord{.id = id,
+                                                             .name = request.name,
+                                                             .version = version,
+                                                             .spec = request.spec,
+                                                             .header = std::move(header),
+                                                             .data_bytes = data_bytes(request.spec).value(),
+                                                             .owner = owner_of(session, request),
+                                                             .replace = request.replace,
+                                                             .evictable = request.evictable,
+                                                             .writer = session,
+                                                             .writer_pid = holdings(session).peer.pid,
+                                                             .created = now,
+                                                             .last_used = now});
+  COWMGR_ASSERT(is_new);
+  return at->second;
 }
 
 Result<void> Store::check_name_is_free(SessionId session, const CreateRequest& request) const {
@@ -212,13 +219,20 @@ std::string Store::largest_holders() const {
 
 Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
   if (orphans_.erase(id) > 0) {
-    garbage_.push_back(std::move(segment));
+    garbage_.push_back(std::move(segment));  // being given back already
     return fail(Errc::not_found, "the array was given up while its memory was being reserved");
   }
   ArrayRecord& record = records_.at(id);
   record.segment = std::move(segment);
   record.state = State::writing;
   return &record;
+}
+
+void Store::hand_to_house(ArrayId id) {
+  ArrayRecord& record = records_.at(id);
+  holdings(record.writer).writing.erase(id);
+  holdings(kHouse).writing.insert(id);
+  record.writer = kHouse;
 }
 
 void Store::fail_backing(ArrayId id) {
@@ -250,29 +264,41 @@ void Store::retire(ArrayId id) {
     drain(record);
 }
 
-Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now) {
+Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now, std::uint64_t checksum) {
   const auto at = records_.find(id);
   if (at == records_.end() || at->second.state != State::writing || at->second.writer != session) {
     return fail(Errc::not_holder,
                 "this session is not writing such an array; it may have been sealed already");
   }
   ArrayRecord& record = at->second;
-  if (!record.replace && current_of(record.name) != 0) {
+  const ArrayId current = current_of(record.name);
+  if (!record.replace && current != 0) {
     return fail(Errc::already_exists,
                 fmt::format("array {} was sealed by somebody else meanwhile", printable(record.name)));
   }
-  if (record.seal_asked == Time{}) record.seal_asked = now;
-  auto sealed = env_.seal(record.segment, record.header, encode_trailer(trailer_of(record)));
-  if (!sealed) {
-    drop(id);
-    return error_of(std::move(sealed));
+  if (record.seal_asked == Time{}) {
+    record.seal_asked = now;
+    record.checksum = checksum;
   }
+  // The name may be pinned, whatever its version.
+  const bool is_pinned =
+      current != 0 && records_.at(current).pinned && records_.at(current).version < record.version;
+  auto sealed = env_.seal(record.segment, record.header, trailer_page(record), is_pinned);
+  if (!sealed && sealed.error().code == Errc::corrupted) drop(id);
+  if (!sealed) return error_of(std::move(sealed));
   if (!*sealed) return false;
+  record.pinned = is_pinned;
   Holdings& held = holdings(session);
   held.writing.erase(id);
   if (keep_view) add_view(held, record, now);
   publish(record, now);
   return true;
+}
+
+ArrayId Store::next_id() noexcept {
+  do ++last_id_;
+  while (records_.contains(last_id_) || unclaimed_.contains(last_id_));
+  return last_id_;
 }
 
 // Of two versions of a name the higher sealed one counts; a lower one that is sealed later drains at once.
@@ -283,6 +309,8 @@ void Store::publish(ArrayRecord& record, Time now) {
   record.sealed = record.seal_asked;
   record.last_used = now;
   changed_names_.push_back(record.name);
+  served_.push_back(record.id);
+  if (record.is_unlinked) unlinked_.insert(record.id);
   ArrayId& current = names_.at(record.name).current;
   const ArrayId previous = current;
   if (previous != 0 && records_.at(previous).version > record.version) {
@@ -290,9 +318,7 @@ void Store::publish(ArrayRecord& record, Time now) {
     return;
   }
   current = record.id;
-  if (previous == 0) return;
-  record.pinned = records_.at(previous).pinned;  // the name was pinned, whatever its version
-  drain(records_.at(previous));
+  if (previous != 0) drain(records_.at(previous));
 }
 
 // ---- Memory that is no array ----
@@ -318,6 +344,11 @@ Result<void> Store::charge_growth(uid_t owner, std::uint64_t size_bytes) {
   return {};
 }
 
+void Store::take_over_segment(uid_t owner, std::uint64_t size_bytes) {
+  quota_.take_over_array(owner, size_bytes);
+  used_bytes_ += size_bytes;
+}
+
 void Store::release_segment(uid_t owner, std::uint64_t size_bytes) {
   quota_.release_array(owner, size_bytes);
   used_bytes_ -= size_bytes;
@@ -331,8 +362,7 @@ void Store::release_growth(uid_t owner, std::uint64_t size_bytes) {
 void Store::discard(uid_t owner, Segment segment) {
   env_.unlink(segment);
   quota_.release_array(owner, segment.size_bytes);
-  reclaiming_bytes_ += segment.size_bytes;
-  garbage_.push_back(std::move(segment));
+  throw_away(std::move(segment));
 }
 
 // ---- Using them ----
@@ -358,6 +388,25 @@ Result<std::vector<const ArrayRecord*>> Store::attach(SessionId session, std::sp
   return std::vector<const ArrayRecord*>(found.begin(), found.end());
 }
 
+bool Store::may_hold(SessionId session, ArrayId id) const {
+  const auto at = records_.find(id);
+  return at != records_.end() && at->second.state >= State::sealed && may(session, at->second, Right::read) &&
+         at->second.views < kMaxViews;
+}
+
+void Store::keep_only(SessionId session, const Views& views, const std::set<ArrayId>& writing, Time now) {
+  Holdings& held = holdings(session);
+  const Views before = std::exchange(held.views, {});
+  for (const auto& [id, count] : views) {
+    for (std::uint32_t i = 0; i < count && may_hold(session, id); ++i) add_view(held, records_.at(id), now);
+  }
+  for (const auto& [id, count] : before) drop_views(records_.at(id), count);
+  for (const ArrayId id : std::set<ArrayId>(held.writing)) {
+    if (!writing.contains(id)) drop(id);
+  }
+  drop_unclaimed(session);
+}
+
 const std::string* Store::first_missing(std::span<const std::string> names) const {
   const auto at =
       std::find_if(names.begin(), names.end(), [&](const auto& name) { return current_of(name) == 0; });
@@ -369,11 +418,9 @@ Result<void> Store::check_attach(SessionId session, const ArrayRecord& record) c
   if (record.views >= kMaxViews)
     return fail(Errc::quota_exceeded, fmt::format("array {} has {} views, as many as one array may",
                                                   printable(record.name), record.views));
-  if (!record.tampered) return {};
-  return fail(
-      Errc::tampered,
-      fmt::format("array {} is not served any more: somebody opened its segment for writing; put it again",
-                  printable(record.name)));
+  if (record.harm.empty()) return {};
+  return fail(Errc::tampered, fmt::format("array {} is not served any more: {}; put it again",
+                                          printable(record.name), record.harm));
 }
 
 void Store::release(SessionId session, ArrayId id, Time now) {
@@ -395,11 +442,14 @@ void Store::add_view(Holdings& held, ArrayRecord& record, Time now) {
 void Store::drop_views(ArrayRecord& record, std::uint32_t count) {
   COWMGR_ASSERT(record.views >= count);
   record.views -= count;
-  if (record.views == 0 && record.state == State::draining) drop(record.id);
+  if (record.views > 0) return;
+  for (Segment& older : std::exchange(record.older, {})) throw_away(std::move(older));
+  if (record.state == State::draining && !record.is_awaited) drop(record.id);
 }
 
 Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
-                                                         std::span<const std::string> patterns) {
+                                                         std::span<const std::string> patterns,
+                                                         bool may_be_gone) {
   std::set<ArrayId> ids;
   for (const auto& pattern : patterns) {
     if (const ArrayId current = current_of(pattern); current != 0) {
@@ -415,7 +465,7 @@ Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
       ids.insert(id);
       is_matched = true;
     }
-    if (is_matched) continue;
+    if (is_matched || may_be_gone) continue;
     if (const ArrayRecord* record = being_written(pattern)) {
       return fail(Errc::busy, fmt::format("array {} is still being written by process {}", printable(pattern),
                                           record->writer_pid));
@@ -428,9 +478,11 @@ Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
   return found;
 }
 
-Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::string> patterns) {
-  auto matched = match_to_change(session, patterns);
+Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::string> patterns,
+                                    std::optional<Time> asked) {
+  auto matched = match_to_change(session, patterns, asked.has_value());
   if (!matched) return error_of(std::move(matched));
+  if (asked) std::erase_if(*matched, [&](const ArrayRecord* record) { return record->sealed >= *asked; });
   const auto is_named = [&](const ArrayRecord& record) {
     return std::find(patterns.begin(), patterns.end(), record.name) != patterns.end();
   };
@@ -483,31 +535,25 @@ Result<std::vector<std::string>> Store::pin(SessionId session, std::span<const s
   if (!matched) return error_of(std::move(matched));
   std::vector<std::string> names;
   for (ArrayRecord* record : *matched) {
+    if (auto marked = env_.mark_pinned(record->segment, pinned); !marked) return error_of(std::move(marked));
     record->pinned = pinned;
     names.push_back(record->name);
   }
   return names;
 }
 
-const ArrayRecord* Store::mark_tampered(int lease_fd) {
-  const auto at = std::find_if(records_.begin(), records_.end(), [&](const auto& entry) {
-    return entry.second.state >= State::sealed && entry.second.segment.lease.get() == lease_fd;
-  });
-  if (at == records_.end()) return nullptr;
-  ArrayRecord& record = at->second;
-  record.tampered = true;
-  if (record.state == State::sealed) record.state = State::tampered;
-  changed_names_.push_back(record.name);
-  return &record;
-}
-
 // The name goes now, the memory with the last view. `record` may be gone afterwards.
 void Store::drain(ArrayRecord& record) {
   record.state = State::draining;
-  env_.unlink(record.segment);
+  unlinked_.erase(record.id);
   if (ArrayId& current = names_.at(record.name).current; current == record.id) current = 0;
   changed_names_.push_back(record.name);
-  if (record.views == 0) drop(record.id);
+  // The file stays with the views: the next daemon, too, must know of the memory, and find it by its id.
+  // Where a descriptor of it is kept, the mark says that it must not come back.
+  const bool is_marked = env_.mark_draining(record.segment).has_value();
+  const bool is_needed = record.views > 0 || record.is_awaited;
+  if ((!is_needed || !is_marked) && !record.is_unlinked) env_.unlink(record.segment);
+  if (!is_needed) drop(record.id);
 }
 
 void Store::drop(ArrayId id) {
@@ -520,20 +566,107 @@ void Store::drop(ArrayId id) {
   quota_.release_array(record.owner.uid, record.segment_bytes());
   if (const auto held = sessions_.find(record.writer); held != sessions_.end())
     held->second.writing.erase(id);
-  reclaiming_bytes_ += record.segment_bytes();
   changed_names_.push_back(record.name);
   dropped_.push_back(id);
-  if (record.state == State::reserved) {
-    orphans_.emplace(id, record.segment_bytes());
-  } else {
-    garbage_.push_back(std::move(record.segment));
-  }
+  if (record.is_unlinked) record.segment.name.clear();  // whatever has the name now is not ours
+  if (record.state != State::reserved) return throw_away(std::move(record.segment));
+  reclaiming_bytes_ += record.segment_bytes();
+  orphans_.emplace(id, record.segment_bytes());
+}
+
+void Store::throw_away(Segment segment) {
+  reclaiming_bytes_ += segment.size_bytes;
+  garbage_.push_back(std::move(segment));
 }
 
 void Store::reclaimed(std::uint64_t size_bytes) {
   COWMGR_ASSERT(reclaiming_bytes_ >= size_bytes && used_bytes_ >= size_bytes);
   reclaiming_bytes_ -= size_bytes;
   used_bytes_ -= size_bytes;
+}
+
+// ---- Outside hands ----
+
+const ArrayRecord* Store::mark_tampered(int lease_fd) {
+  const auto is_leased = [&](const Segment& segment) { return segment.lease.get() == lease_fd; };
+  const auto at = std::find_if(records_.begin(), records_.end(), [&](const auto& entry) {
+    const ArrayRecord& record = entry.second;
+    return record.state >= State::sealed &&
+           (is_leased(record.segment) || std::ranges::any_of(record.older, is_leased));
+  });
+  if (at == records_.end()) return nullptr;
+  put_out_of_service(at->second, "somebody opened its segment for writing");
+  return &at->second;
+}
+
+const ArrayRecord* Store::mark_corrupted(ArrayId id) {
+  const auto at = records_.find(id);
+  if (at == records_.end()) return nullptr;
+  put_out_of_service(at->second, "its data does not match its checksum");
+  return &at->second;
+}
+
+void Store::put_out_of_service(ArrayRecord& record, std::string_view harm) {
+  if (record.harm.empty()) record.harm = harm;
+  if (record.state == State::sealed) record.state = State::tampered;
+  unlinked_.erase(record.id);
+  changed_names_.push_back(record.name);
+}
+
+bool Store::note_unlinked(ArrayId id) {
+  const auto at = records_.find(id);
+  if (at == records_.end()) return false;
+  ArrayRecord& record = at->second;
+  if (record.is_unlinked || !record.segment.reader || !ShmEnv::has_lost_name(record.segment)) return false;
+  record.is_unlinked = true;
+  if (record.state == State::sealed) unlinked_.insert(id);
+  return true;
+}
+
+Result<const ArrayRecord*> Store::begin_rewrite(ArrayId id) {
+  ArrayRecord& record = records_.at(id);
+  if (!ShmEnv::has_lost_name(record.segment)) {
+    record.is_unlinked = false;
+    unlinked_.erase(id);
+    return fail(Errc::already_exists, "its file is there again");
+  }
+  const std::uint64_t size_bytes = record.segment_bytes();
+  if (size_bytes > options_.capacity_bytes || used_bytes_ > options_.capacity_bytes - size_bytes)
+    return tl::unexpected(no_room(size_bytes));
+  used_bytes_ += size_bytes;
+  rewriting_.emplace(id, size_bytes);
+  return &record;
+}
+
+bool Store::end_rewrite(ArrayId id, std::optional<Segment> copy) {
+  const std::uint64_t size_bytes = rewriting_.extract(id).mapped();
+  if (!copy) {
+    used_bytes_ -= size_bytes;
+    return false;
+  }
+  if (!is_wanted(id, *copy)) {
+    if (!ShmEnv::has_lost_name(*copy)) env_.unlink(*copy);
+    copy->name.clear();  // by now it may be another's
+    throw_away(*std::move(copy));
+    return false;
+  }
+  ArrayRecord& record = records_.at(id);
+  unlinked_.erase(id);
+  record.is_unlinked = false;
+  Segment& older = record.older.emplace_back(std::exchange(record.segment, *std::move(copy)));
+  (void)env_.mark_draining(older);  // it must not come back where a descriptor of it is kept
+  older.name.clear();               // that is the copy's
+  served_.push_back(id);
+  drop_views(record, 0);  // without any, the old memory goes now
+  return true;
+}
+
+// The array may have been evicted, or its name taken, or somebody may have harmed the copy already. If all is
+// well, this is where the next daemon will find the copy: the mark says so, and whether it is pinned by now.
+bool Store::is_wanted(ArrayId id, const Segment& copy) const {
+  if (!unlinked_.contains(id) || ShmEnv::has_lost_name(copy)) return false;
+  if (env_.has_leases() && ShmEnv::is_lease_broken(copy.lease.get())) return false;
+  return env_.mark_pinned(copy, records_.at(id).pinned).has_value();
 }
 
 // ---- Looking ----

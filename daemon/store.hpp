@@ -7,8 +7,9 @@
 // 1. A record is in one state: reserved (no memory yet) -> writing -> sealed -> draining, or tampered.
 // 2. One version of a name is current: the highest that was sealed and neither evicted nor replaced.
 // 3. A record's views are the sum of its views over all sessions. It is dropped at zero views when draining.
-// 4. used_bytes is the sum of segment_bytes over all records, plus what was handed out as garbage and not
-//    yet reported reclaimed(): it never understates the memory that is taken.
+// 4. used_bytes never understates the memory that is taken: it is the sum of segment_bytes over all records,
+//    their older copies, copies under way, unclaimed arrays and other segments, and of what was handed out as
+//    garbage and not yet reported reclaimed().
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,7 @@
 
 namespace cowmgr {
 
-using ArrayId = std::uint64_t;  // never used again within a daemon's life
+using ArrayId = std::uint64_t;  // never used again while anything of it is left
 
 struct StoreOptions {
   std::uint64_t capacity_bytes = 0;
@@ -47,10 +48,9 @@ struct CreateRequest {
   bool evictable = false;
   std::uint32_t mode = 0600;
   std::optional<Ownership> owner{};  // default: the session's peer, with `mode`
-  bool is_detached = false;          // does not go with the session that makes it
 };
 
-// The daemon's own session: it writes what outlives the session that asked for it.
+// The daemon's own session: it writes what belongs to a result set, and goes with that.
 inline constexpr SessionId kHouse = UINT64_MAX;
 
 struct ArrayRecord {
@@ -67,7 +67,10 @@ struct ArrayRecord {
   bool replace = false;
   bool evictable = false;
   bool pinned = false;
-  bool tampered = false;  // in state draining too
+  std::uint64_t checksum = 0;  // 0: none
+  std::string_view harm{};     // in words, why it is not served any more, in state draining too; mostly empty
+  bool is_awaited = false;     // draining, and of an earlier daemon: who views it may not have said so yet
+  bool is_unlinked = false;    // somebody took its file's name away
   std::uint32_t views = 0;
   SessionId writer = 0;  // until sealed
   pid_t writer_pid = 0;
@@ -76,12 +79,16 @@ struct ArrayRecord {
   Time sealed{};
   Time last_used{};
   Segment segment{};
+  std::vector<Segment> older{};  // without names, and still mapped by some of its views
 
   [[nodiscard]] std::uint64_t segment_bytes() const noexcept { return cowmgr::segment_bytes(data_bytes); }
   [[nodiscard]] bool is_reclaimable() const noexcept {
     return state == State::sealed && evictable && !pinned && views == 0;
   }
 };
+
+// What the trailer says of the array as it is now.
+[[nodiscard]] TrailerPage trailer_page(const ArrayRecord& record);
 
 // How the capacity is used; the last three are parts of the second.
 struct MemoryUse {
@@ -108,11 +115,13 @@ class Store {
 
   // Checks everything and takes the room, evicting evictable arrays, least recently used first, if need be.
   // The caller makes the segment and calls back(), or abort(). Errors: as Client::create; out_of_memory
-  // while reclaiming_bytes() is not 0 is worth another try when reclaimed() was called.
+  // while expects_room() is worth another try after reclaimed() or end_rewrite().
   [[nodiscard]] Result<ArrayId> reserve(SessionId session, const CreateRequest& request, Time now);
   // Gives a reserved array its memory. Errors: not_found when the array is gone meanwhile; the segment
   // becomes garbage then. Each reserve() is followed by one back() or one fail_backing().
   [[nodiscard]] Result<const ArrayRecord*> back(ArrayId id, Segment segment);
+  // An array that is being written goes no more with the session that asked for it.
+  void hand_to_house(ArrayId id);
   // The memory of a reserved array could not be had.
   void fail_backing(ArrayId id);
   // Drops an array that is reserved or being written.
@@ -120,17 +129,43 @@ class Store {
   // The end of an array that belongs to something else which ends: dropped if it is not sealed, else evicted
   // unless it is pinned. Unknown ids are ignored.
   void retire(ArrayId id);
-  // Seals what `session` was writing, and gives it a view if `keep_view`. False when somebody can still
-  // write: try again later. Errors: not_holder, already_exists, corrupted (the array is gone then).
-  [[nodiscard]] Result<bool> seal(SessionId session, ArrayId id, bool keep_view, Time now);
+  // Seals what `session` was writing, and gives it a view if `keep_view`. `checksum` is what the trailer
+  // shall say of the data; of several calls the first one's counts. False when somebody can still write: try
+  // again later. Errors: not_holder; already_exists, corrupted (the array is gone then); out_of_memory,
+  // os_failure (try again later).
+  [[nodiscard]] Result<bool> seal(SessionId session, ArrayId id, bool keep_view, Time now,
+                                  std::uint64_t checksum = 0);
+
+  // ---- What an earlier daemon left ----
+
+  // Takes over a sealed array, and serves it as that did; not if it `is_tampered`. Of two versions of a name
+  // the higher counts, the other drains, until drop_unviewed() though nobody views it yet. Charged to its
+  // owner, whatever the limits are now.
+  void adopt(Segment segment, const SegmentFile& file, bool is_tampered, Time now);
+  // Who had a view of what drains has said so by now.
+  void drop_unviewed();
+  [[nodiscard]] bool has_awaited() const;
+  // Keeps an array that was being written until it is claimed, or dropped with its writer.
+  void keep_unclaimed(ArrayId id, Segment segment, const SegmentFile& file);
+  // Its writer came back: it goes on as what `request` says. The house may claim every array, and is charged
+  // for it whatever the limits. Errors: not_found unless `session` was its writer; as reserve(); os_failure.
+  [[nodiscard]] Result<const ArrayRecord*> claim(SessionId session, ArrayId id, const CreateRequest& request,
+                                                 Time now);
+  // What the segment of an unclaimed array says that it holds; its writer may have changed that. Or null.
+  [[nodiscard]] const ArraySpec* unclaimed_spec(ArrayId id) const;
+  [[nodiscard]] std::set<SessionId> unclaimed_writers() const;
+  // Its writer will not come back, or does not know of them: its unclaimed arrays go. 0: those of nobody.
+  void drop_unclaimed(SessionId writer);
 
   // ---- Memory that is no array: the slots of a result set ----
 
-  [[nodiscard]] ArrayId next_id() noexcept { return ++last_id_; }
+  [[nodiscard]] ArrayId next_id() noexcept;
   // Takes the room for a segment, or for the `size_bytes` that one shall grow. Errors: out_of_memory as
   // reserve(), quota_exceeded.
   [[nodiscard]] Result<void> charge_segment(uid_t owner, std::uint64_t size_bytes);
   [[nodiscard]] Result<void> charge_growth(uid_t owner, std::uint64_t size_bytes);
+  // The same for one that is there already, whatever the limits.
+  void take_over_segment(uid_t owner, std::uint64_t size_bytes);
   // The memory could not be had.
   void release_segment(uid_t owner, std::uint64_t size_bytes);
   void release_growth(uid_t owner, std::uint64_t size_bytes);
@@ -143,6 +178,12 @@ class Store {
   [[nodiscard]] Result<std::vector<const ArrayRecord*>> attach(SessionId session,
                                                                std::span<const std::string> names,
                                                                std::span<const ArrayId> ids, Time now);
+  // Whether the session may say that it views the array, from before this daemon's start.
+  [[nodiscard]] bool may_hold(SessionId session, ArrayId id) const;
+  // The session has these views of arrays that it may_hold(), as many of each, and no others; what it writes
+  // beyond `writing`, it never heard of.
+  using Views = std::unordered_map<ArrayId, std::uint32_t>;
+  void keep_only(SessionId session, const Views& views, const std::set<ArrayId>& writing, Time now);
   // The first of `names` that no sealed array has, or null.
   [[nodiscard]] const std::string* first_missing(std::span<const std::string> names) const;
   // Drops one view; unknown ids are ignored, for the peer's loss only.
@@ -152,14 +193,31 @@ class Store {
     std::vector<std::string> names;
     std::uint64_t freed_bytes = 0;
   };
-  [[nodiscard]] Result<Evicted> evict(SessionId session, std::span<const std::string> patterns);
+  // With `asked` the request came once more after a daemon was lost that may have carried it out: what is
+  // gone is done, and what was sealed since it was asked for first stays.
+  [[nodiscard]] Result<Evicted> evict(SessionId session, std::span<const std::string> patterns,
+                                      std::optional<Time> asked = std::nullopt);
   [[nodiscard]] Result<Evicted> evict_lru(SessionId session, std::uint64_t size_bytes);
   [[nodiscard]] Result<std::vector<std::string>> pin(SessionId session, std::span<const std::string> patterns,
                                                      bool pinned);
 
+  // ---- Outside hands ----
+
   // Somebody broke the lease with this descriptor: opened the segment for writing. Null if it is none of
   // ours.
   const ArrayRecord* mark_tampered(int lease_fd);
+  // The data is not what its checksum says. Null if the array is gone.
+  const ArrayRecord* mark_corrupted(ArrayId id);
+  // Somebody may have taken the name of its file away. Whether somebody has; told once.
+  bool note_unlinked(ArrayId id);
+  // Arrays that are served, and have no file: they end with the daemon unless they are rewritten.
+  [[nodiscard]] const std::set<ArrayId>& unlinked() const noexcept { return unlinked_; }
+  // Takes the room for a second copy of one of these; end_rewrite() follows. Nothing is evicted for it.
+  // Errors: out_of_memory; already_exists when its file is there again, and then all is well.
+  [[nodiscard]] Result<const ArrayRecord*> begin_rewrite(ArrayId id);
+  // The copy takes the place of what lost its name, which goes with the views of the array. Whether it did:
+  // it may be wanted no more. Without a copy all stays as it was.
+  bool end_rewrite(ArrayId id, std::optional<Segment> copy);
 
   // ---- Looking ----
 
@@ -186,16 +244,25 @@ class Store {
   [[nodiscard]] std::vector<Segment> take_garbage() { return std::exchange(garbage_, {}); }
   void reclaimed(std::uint64_t size_bytes);
   [[nodiscard]] std::uint64_t reclaiming_bytes() const noexcept { return reclaiming_bytes_; }
+  [[nodiscard]] bool expects_room() const noexcept { return reclaiming_bytes_ > 0 || !rewriting_.empty(); }
   // Names whose waiters should look again.
   [[nodiscard]] std::vector<std::string> take_changed_names() { return std::exchange(changed_names_, {}); }
+  // Arrays that are served from a segment that was not there before.
+  [[nodiscard]] std::vector<ArrayId> take_served() { return std::exchange(served_, {}); }
   // Arrays that are gone.
   [[nodiscard]] std::vector<ArrayId> take_dropped() { return std::exchange(dropped_, {}); }
 
  private:
   struct Holdings {
     Peer peer;
-    std::unordered_map<ArrayId, std::uint32_t> views;
+    Views views;
     std::set<ArrayId> writing;
+  };
+  struct Unclaimed {
+    Segment segment;
+    ArraySpec spec;
+    SessionId writer = 0;
+    uid_t owner = 0;
   };
   struct Versions {
     ArrayId current = 0;    // 0: none is sealed
@@ -205,6 +272,9 @@ class Store {
   [[nodiscard]] const Holdings& holdings(SessionId session) const;
   [[nodiscard]] Holdings& holdings(SessionId session);
   [[nodiscard]] Result<void> check_name_is_free(SessionId session, const CreateRequest& request) const;
+  [[nodiscard]] Ownership owner_of(SessionId session, const CreateRequest& request) const;
+  ArrayRecord& add_record(SessionId session, ArrayId id, const CreateRequest& request, std::string header,
+                          Time now);
   [[nodiscard]] std::uint64_t next_version(const std::string& name) const;
   [[nodiscard]] ArrayId current_of(const std::string& name) const;
   [[nodiscard]] const ArrayRecord* being_written(const std::string& name) const;
@@ -213,12 +283,16 @@ class Store {
   [[nodiscard]] std::string largest_holders() const;
   [[nodiscard]] Result<void> check_attach(SessionId session, const ArrayRecord& record) const;
   [[nodiscard]] Result<std::vector<ArrayRecord*>> match_to_change(SessionId session,
-                                                                  std::span<const std::string> patterns);
+                                                                  std::span<const std::string> patterns,
+                                                                  bool may_be_gone = false);
   [[nodiscard]] std::vector<ArrayRecord*> least_recently_used(
       const std::function<bool(const ArrayRecord&)>& wanted);
   void add_view(Holdings& held, ArrayRecord& record, Time now);
   void drop_views(ArrayRecord& record, std::uint32_t count);
   void publish(ArrayRecord& record, Time now);
+  void put_out_of_service(ArrayRecord& record, std::string_view harm);
+  void throw_away(Segment segment);
+  [[nodiscard]] bool is_wanted(ArrayId id, const Segment& copy) const;
   void drain(ArrayRecord& record);
   void drop(ArrayId id);
 
@@ -230,11 +304,15 @@ class Store {
   std::unordered_map<std::string, Versions> names_;
   std::map<ArrayId, std::uint64_t>
       orphans_;  // reserved, dropped, and their memory not here yet: bytes of each
+  std::map<ArrayId, Unclaimed> unclaimed_;
+  std::set<ArrayId> unlinked_;
+  std::map<ArrayId, std::uint64_t> rewriting_;  // bytes of each
   std::unordered_map<SessionId, Holdings> sessions_;
   std::uint64_t used_bytes_ = 0;
   std::uint64_t reclaiming_bytes_ = 0;
   std::vector<Segment> garbage_;
   std::vector<std::string> changed_names_;
+  std::vector<ArrayId> served_;
   std::vector<ArrayId> dropped_;
 };
 

@@ -3,10 +3,10 @@
 namespace cowmgr {
 namespace {
 
-wire::ArrayState state_of(ArrayRecord::State state) {
-  switch (state) {
+wire::ArrayState state_of(const ArrayRecord& record) {
+  switch (record.state) {
     case ArrayRecord::State::sealed:
-      return wire::ArrayState::sealed;
+      return record.is_unlinked ? wire::ArrayState::unlinked : wire::ArrayState::sealed;
     case ArrayRecord::State::draining:
       return wire::ArrayState::draining;
     case ArrayRecord::State::tampered:
@@ -14,14 +14,6 @@ wire::ArrayState state_of(ArrayRecord::State state) {
     default:
       return wire::ArrayState::writing;
   }
-}
-
-std::int64_t microseconds(Time time) {
-  return time.time_since_epoch().count();
-}
-
-wire::ByteOrder order_of(const ArraySpec& spec) {
-  return spec.order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c;
 }
 
 }  // namespace
@@ -42,11 +34,11 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
   info.add_version(record.version);
   info.add_dtype(dtype);
   info.add_shape(shape);
-  info.add_order(order_of(record.spec));
+  info.add_order(order_of(record.spec.order));
   info.add_data_bytes(record.data_bytes);
   info.add_segment_bytes(record.segment_bytes());
   info.add_segment(segment);
-  info.add_state(state_of(record.state));
+  info.add_state(state_of(record));
   info.add_protection(protection);
   info.add_views(record.views);
   info.add_pinned(record.pinned);
@@ -58,18 +50,20 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
   info.add_sealed_us(microseconds(record.sealed));
   info.add_last_used_us(microseconds(record.last_used));
   info.add_writer_pid(record.writer_pid);
+  info.add_checksum(record.checksum);
   return info.Finish();
 }
 
-Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set, const Store& store) {
+Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set) {
   std::vector<std::int32_t> pids;
-  for (const SessionId session : set.workers) pids.push_back(store.peer(session).pid);
+  for (const SessionId session : set.workers) pids.push_back(pid_of(session));
   const auto name = builder.CreateString(set.name);
   const auto dtype = builder.CreateString(set.spec.dtype.str());
   const auto shape = builder.CreateVector(set.spec.shape);
   const auto message = builder.CreateString(set.message);
   const auto holders = builder.CreateVector(pids);
   const auto segment = builder.CreateString(set.memory.segment.name);
+  const auto queue = builder.CreateString(set.terms.queue);
   wire::ResultsInfoBuilder info(builder);
   info.add_id(set.id);
   info.add_name(name);
@@ -96,6 +90,7 @@ Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set, con
   info.add_detached(set.terms.is_detached);
   info.add_value_bytes(set.table.value_bytes());
   info.add_segment(segment);
+  info.add_queue(queue);
   return info.Finish();
 }
 

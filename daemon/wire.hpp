@@ -18,8 +18,7 @@ using Offset = flatbuffers::Offset<T>;
 
 [[nodiscard]] Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record,
                                            wire::Protection protection);
-[[nodiscard]] Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set,
-                                             const Store& store);
+[[nodiscard]] Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set);
 
 // From a request's tables to values. Errors: as the parsers'. A frame may name one long string thousands of
 // times: look at the number before copying.

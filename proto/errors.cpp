@@ -11,7 +11,7 @@
 namespace cowmgr {
 namespace {
 
-constexpr std::array<std::string_view, 29> kNames = {"ok",
+constexpr std::array<std::string_view, 30> kNames = {"ok",
                                                      "invalid_name",
                                                      "invalid_dtype",
                                                      "invalid_shape",
@@ -39,7 +39,8 @@ constexpr std::array<std::string_view, 29> kNames = {"ok",
                                                      "shutting_down",
                                                      "os_failure",
                                                      "unsupported",
-                                                     "cancelled"};
+                                                     "cancelled",
+                                                     "no_workers"};
 
 Errc code_of(int number) noexcept {
   switch (number) {

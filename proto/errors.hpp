@@ -44,6 +44,7 @@ enum class Errc : std::uint16_t {
   os_failure = 26,         // a system call failed; the message names it
   unsupported = 27,        // the kernel cannot do what was asked for
   cancelled = 28,          // the result set was cancelled by its owner
+  no_workers = 29,         // the pool has ended
 };
 
 // The code's name as it is spelled above: stable, for scripts and logs.

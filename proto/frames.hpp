@@ -7,6 +7,7 @@
 #include <flatbuffers/flatbuffers.h>
 
 #include "proto/cowmgr_generated.h"
+#include "proto/npy.hpp"
 
 namespace cowmgr {
 
@@ -24,6 +25,13 @@ template <class Root>
 [[nodiscard]] inline std::span<const std::byte> bytes_of(
     const flatbuffers::FlatBufferBuilder& builder) noexcept {
   return {reinterpret_cast<const std::byte*>(builder.GetBufferPointer()), builder.GetSize()};
+}
+
+[[nodiscard]] constexpr Order order_of(wire::ByteOrder order) noexcept {
+  return order == wire::ByteOrder::fortran ? Order::fortran : Order::c;
+}
+[[nodiscard]] constexpr wire::ByteOrder order_of(Order order) noexcept {
+  return order == Order::fortran ? wire::ByteOrder::fortran : wire::ByteOrder::c;
 }
 
 // An absent string of a frame reads as an empty one.

@@ -35,7 +35,8 @@ struct RawTrailer {
   std::uint32_t name_bytes;
   std::uint32_t reserved;
   std::array<char, kMaxNameBytes + 1> name;
-  std::array<char, 3732> zero;
+  std::uint64_t writer;
+  std::array<char, 3724> zero;
   std::uint32_t crc;
 };
 static_assert(sizeof(RawTrailer) == kTrailerBytes);
@@ -56,7 +57,8 @@ static_assert(offsetof(RawTrailer, checksum) == 88);
 static_assert(offsetof(RawTrailer, name_bytes) == 96);
 static_assert(offsetof(RawTrailer, reserved) == 100);
 static_assert(offsetof(RawTrailer, name) == 104);
-static_assert(offsetof(RawTrailer, zero) == 360);
+static_assert(offsetof(RawTrailer, writer) == 360);
+static_assert(offsetof(RawTrailer, zero) == 368);
 static_assert(offsetof(RawTrailer, crc) == 4092);
 
 std::uint32_t crc_of(const RawTrailer& raw) {
@@ -93,6 +95,7 @@ TrailerPage encode_trailer(const TrailerInfo& info) {
   raw.mode = info.mode;
   raw.flags = info.evictable ? kFlagEvictable : 0;
   raw.checksum = info.checksum;
+  raw.writer = info.writer;
   raw.name_bytes = static_cast<std::uint32_t>(info.name.size());
   std::copy(info.name.begin(), info.name.end(), raw.name.begin());
   raw.crc = crc_of(raw);
@@ -130,7 +133,8 @@ Result<TrailerInfo> decode_trailer(std::span<const std::byte, kTrailerBytes> pag
                      .owner_gid = raw.owner_gid,
                      .mode = raw.mode,
                      .evictable = (raw.flags & kFlagEvictable) != 0,
-                     .checksum = raw.checksum};
+                     .checksum = raw.checksum,
+                     .writer = raw.writer};
 }
 
 }  // namespace cowmgr

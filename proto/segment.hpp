@@ -46,6 +46,7 @@ struct TrailerInfo {
   std::uint32_t mode = 0;
   bool evictable = false;
   std::uint64_t checksum = 0;  // 0: none
+  std::uint64_t writer = 0;    // the session that writes it, while it is not sealed
 
   friend bool operator==(const TrailerInfo&, const TrailerInfo&) = default;
 };

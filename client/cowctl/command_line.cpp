@@ -100,6 +100,7 @@ void declare_put(CLI::App& app, Options& options) {
       ->transform(&plain)
       ->type_name("MODE");
   app.add_flag("--pin", options.pin, "Pin it: never evict it");
+  app.add_flag("--checksum", options.create.checksum, "Take a checksum of the data, for `cowctl verify`");
   app.callback([&options, name] { options.has_name = name->count() > 0; });
 }
 
@@ -120,6 +121,17 @@ void declare_results(CLI::App& app, Options& options) {
                "End NAME: its workers are told, its memory is freed. One that has ended is forgotten")
       ->excludes(slots)
       ->excludes(follow);
+}
+
+void declare_shutdown(CLI::App& app, Options& options) {
+  app.add_flag("--purge", options.purge,
+               "Take its arrays away too; otherwise the next daemon serves them again");
+}
+
+void declare_fsck(CLI::App& app, Options& options) {
+  add_text(app, "INSTANCE", options.patterns, "Of this instance alone; otherwise of all")->expected(0, 1);
+  app.add_flag("--repair", options.repair,
+               "Remove what nobody can use: half made, or damaged. Not while a daemon of the instance runs");
 }
 
 void declare_names(CLI::App& app, Options& options) {
@@ -146,11 +158,13 @@ struct Subcommand {
   Command run;
 };
 
-constexpr std::array<Subcommand, 11> kSubcommands = {{
+constexpr std::array<Subcommand, 13> kSubcommands = {{
     {"ls", "List arrays", "cowctl ls 'train*'", declare_glob, run_ls},
     {"stat", "Show all about an array, or about the daemon", "cowctl stat train", declare_stat, run_stat},
     {"put", "Put a .npy file as an array", "cowctl put train.npy --name train --pin", declare_put, run_put},
     {"get", "Write an array to a .npy file", "cowctl get train copy.npy", declare_get, run_get},
+    {"verify", "Read arrays that have a checksum, and compare", "cowctl verify 'train*'", declare_glob,
+     run_verify},
     {"evict", "Take names away now, their memory with the last view",
      "cowctl evict 'old-*'   or   cowctl evict --lru 1.5GiB", declare_evict, run_evict},
     {"pin", "Never evict these arrays", "cowctl pin train test", declare_names, run_pin},
@@ -159,7 +173,9 @@ constexpr std::array<Subcommand, 11> kSubcommands = {{
     {"results", "List result sets, or show, follow or cancel one", "cowctl results predictions --follow",
      declare_results, run_results},
     {"ping", "Measure the round trip to the daemon", "cowctl ping", declare_nothing, run_ping},
-    {"shutdown", "Stop the daemon", "cowctl shutdown", declare_nothing, run_shutdown},
+    {"shutdown", "Stop the daemon", "cowctl shutdown", declare_shutdown, run_shutdown},
+    {"fsck", "List what there is in shared memory, without a daemon", "cowctl fsck default --repair",
+     declare_fsck, run_fsck},
 }};
 
 std::string examples() {

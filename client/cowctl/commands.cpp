@@ -58,7 +58,8 @@ std::string_view pattern_of(const Options& options) {
 }
 
 Result<Client> connect(const Options& options) {
-  return Client::connect({.socket = options.socket, .command = options.command_name});
+  return Client::connect(
+      {.socket = options.socket, .command = options.command_name, .reconnect = Milliseconds(0)});
 }
 
 std::string literal_pattern(std::string_view name) {
@@ -148,12 +149,16 @@ Result<Report> run_ping(const Options& options) {
 Result<Report> run_shutdown(const Options& options) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  const auto stopped = client->shutdown();
+  const auto stopped = client->shutdown(options.purge);
   if (!stopped) return error_of(stopped);
   Json json;
   json["socket"] = client->socket();
   json["stopping"] = true;
-  return Report{fmt::format("the daemon at {} is stopping\n", visible(client->socket())), json};
+  json["purged"] = options.purge;
+  return Report{
+      fmt::format("the daemon at {} is stopping; its arrays {}\n", visible(client->socket()),
+                  options.purge ? "go with it" : "stay for the next one, unless it was started with --purge"),
+      json};
 }
 
 }  // namespace cowmgr::cli

@@ -9,6 +9,7 @@ namespace cowmgr::cli {
 [[nodiscard]] Result<Report> run_stat(const Options& options);
 [[nodiscard]] Result<Report> run_put(const Options& options);
 [[nodiscard]] Result<Report> run_get(const Options& options);
+[[nodiscard]] Result<Report> run_verify(const Options& options);
 [[nodiscard]] Result<Report> run_evict(const Options& options);
 [[nodiscard]] Result<Report> run_pin(const Options& options);
 [[nodiscard]] Result<Report> run_unpin(const Options& options);
@@ -16,6 +17,7 @@ namespace cowmgr::cli {
 [[nodiscard]] Result<Report> run_results(const Options& options);
 [[nodiscard]] Result<Report> run_ping(const Options& options);
 [[nodiscard]] Result<Report> run_shutdown(const Options& options);
+[[nodiscard]] Result<Report> run_fsck(const Options& options);
 
 // The daemon, by the global options.
 [[nodiscard]] Result<Client> connect(const Options& options);

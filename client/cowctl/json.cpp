@@ -29,6 +29,8 @@ std::string_view name_of(ArrayState state) noexcept {
       return "draining";
     case ArrayState::tampered:
       return "tampered";
+    case ArrayState::unlinked:
+      return "unlinked";
   }
   return "unknown";  // of a newer daemon
 }
@@ -110,6 +112,10 @@ std::string mode_text(std::uint32_t mode) {
   return fmt::format("{:04o}", mode);
 }
 
+std::string checksum_text(std::uint64_t checksum) {
+  return fmt::format("{:016x}", checksum);
+}
+
 void add_spec(Json& object, const ArraySpec& spec) {
   object["dtype"] = spec.dtype.str();
   object["shape"] = spec.shape;
@@ -136,6 +142,7 @@ Json to_json(const ArrayInfo& array) {
   if (array.sealed != SystemTime{}) out["sealed"] = iso_time(array.sealed);
   out["last_used"] = iso_time(array.last_used);
   if (array.state == ArrayState::writing) out["writer_pid"] = array.writer_pid;
+  if (array.checksum != 0) out["checksum"] = checksum_text(array.checksum);
   return out;
 }
 

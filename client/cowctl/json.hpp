@@ -47,6 +47,8 @@ struct SlotLine {
 [[nodiscard]] Json to_json(const Error& error);
 
 // The keys dtype, shape and order.
+// As `xxhsum -H3` writes it.
+[[nodiscard]] std::string checksum_text(std::uint64_t checksum);
 void add_spec(Json& object, const ArraySpec& spec);
 
 template <class T>

@@ -95,7 +95,8 @@ int run(int argc, const char* const* argv) {
   const auto report = options.command(options);
   if (!report) return refuse(report.error(), options.json);
   const auto printed = print(options.json ? dump(report->json) : report->text);
-  return printed ? kDone : refuse(printed.error(), options.json);
+  if (!printed) return refuse(printed.error(), options.json);
+  return report->is_bad_news ? kRefused : kDone;
 }
 
 // Where a caller closed a standard stream, the socket would get its number, and the daemon our text.

@@ -16,6 +16,7 @@ namespace cowmgr::cli {
 struct Report {
   std::string text;  // for people: whole lines
   Json json;
+  bool is_bad_news = false;  // something was found that ought not to be: exit code 1
 };
 
 struct Options;
@@ -40,6 +41,8 @@ struct Options {
   bool all_slots = false;             // results: those too of which nothing is to be said
   bool follow = false;                // results: until the set has ended
   bool cancel = false;                // results
+  bool purge = false;                 // shutdown
+  bool repair = false;                // fsck
 };
 
 // The command line is answered without a command: help, version, or what is wrong with it.

@@ -24,8 +24,11 @@ Result<std::vector<SlotLine>> lines_of(const Client& client, const ResultSet& se
   std::map<std::uint64_t, const ClientInfo*> sessions;
   for (const auto& one : *clients) sessions[one.session] = &one;
   std::vector<SlotLine> lines;
+  const std::uint64_t rows = set.is_ragged() ? 0 : set.spec().shape.front();
+  const std::uint64_t row_bytes = rows == 0 ? 0 : data_bytes(set.spec()).value_or(0) / rows;
   for (std::uint64_t index = 0; index < set.slots(); ++index) {
     SlotLine line{.slot = set.slot(index)};
+    if (!set.is_ragged()) line.slot.size_bytes = row_bytes * rows_of_slot(rows, set.slots(), index).count();
     if (!is_all && line.slot.state != SlotState::leased && line.slot.state != SlotState::failed) continue;
     if (const auto at = sessions.find(line.slot.session); at != sessions.end()) {
       line.pid = at->second->pid;

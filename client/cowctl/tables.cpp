@@ -18,7 +18,7 @@ std::string yes_no(bool is_yes) {
 }
 
 Table::Emphasis emphasis_of(ArrayState state) {
-  if (state == ArrayState::tampered) return Table::Emphasis::bold;
+  if (state == ArrayState::tampered || state == ArrayState::unlinked) return Table::Emphasis::bold;
   return state == ArrayState::sealed ? Table::Emphasis::none : Table::Emphasis::dim;
 }
 
@@ -57,6 +57,7 @@ Properties properties_of(const ArrayInfo& array, SystemTime now) {
                     {"created", time_text(array.created, now)}};
   if (array.sealed != SystemTime{}) out.emplace_back("sealed", time_text(array.sealed, now));
   out.emplace_back("last used", time_text(array.last_used, now));
+  if (array.checksum != 0) out.emplace_back("checksum", checksum_text(array.checksum));
   if (array.state == ArrayState::writing) out.emplace_back("writer", fmt::format("pid {}", array.writer_pid));
   return out;
 }
@@ -154,7 +155,8 @@ std::string slots_table(const std::vector<SlotLine>& slots, SystemTime now, Styl
                {.header = "SIZE", .align = Align::right},
                {.header = "REASON"}});
   for (const auto& [slot, pid, command] : slots) {
-    const bool has_size = slot.content == SlotContent::value || slot.content == SlotContent::array;
+    const bool has_size =
+        slot.state != SlotState::failed && (slot.size_bytes > 0 || slot.content != SlotContent::none);
     table.add_row({std::to_string(slot.index), std::string(name_of(slot.state)),
                    pid == 0 ? "" : fmt::format("{} ({})", pid, command), std::to_string(slot.attempt),
                    slot.attempt == 0 ? "" : age_text(slot.since, now),

@@ -1,4 +1,4 @@
-// Whole arrays between .npy files and the daemon's memory: `put` and `get`.
+// Whole arrays: between .npy files and the daemon's memory, `put` and `get`, and read through, `verify`.
 
 #include <algorithm>
 #include <chrono>
@@ -118,6 +118,69 @@ Result<Report> run_get(const Options& options) {
   return Report{
       fmt::format("{} to {}\n", transfer_text(*array, Clock::now() - start), printable(options.file)),
       transfer_json(*array, options)};
+}
+
+namespace {
+
+// How an array with a checksum is found: "good", "corrupted", or "tampered" when the daemon serves it no
+// more. Empty when it is gone by now, or not sealed.
+Result<std::string> verify(const Client& client, const ArrayInfo& info, const Options& options) {
+  if (info.state == ArrayState::tampered) return "tampered";
+  if (info.state != ArrayState::sealed && info.state != ArrayState::unlinked) return "";
+  const auto array = client.attach_id(info.id);
+  if (!array && array.error().code == Errc::not_found) return "";
+  if (!array && array.error().code == Errc::tampered) return "tampered";
+  if (!array) return error_of(array);
+  ProgressBar bar("verify " + info.name, info.data_bytes, Progress::Unit::bytes, progress_of(options));
+  const auto verified = array->verify([&](std::uint64_t done) { bar.update(done); });
+  bar.finish();
+  return verified ? "good" : "corrupted";
+}
+
+Json verified_json(const ArrayInfo& info, const std::string& result) {
+  Json json;
+  json["id"] = info.id;
+  json["name"] = info.name;
+  json["version"] = info.version;
+  json["bytes"] = info.data_bytes;
+  json["checksum"] = checksum_text(info.checksum);
+  json["result"] = result;
+  return json;
+}
+
+}  // namespace
+
+Result<Report> run_verify(const Options& options) {
+  const auto client = connect(options);
+  if (!client) return error_of(client);
+  const auto arrays = client->list(pattern_of(options));
+  if (!arrays) return error_of(arrays);
+  Report report{.text = "", .json = Json::array()};
+  Table table({{.header = "NAME"},
+               {.header = "VERSION", .align = Align::right},
+               {.header = "SIZE", .align = Align::right},
+               {.header = "RESULT"}});
+  std::size_t bad = 0;
+  std::size_t without = 0;
+  for (const auto& info : *arrays) {
+    if (info.checksum == 0 && info.state != ArrayState::writing) ++without;
+    if (info.checksum == 0) continue;
+    const auto result = verify(*client, info, options);
+    if (!result) return error_of(result);
+    if (result->empty()) continue;
+    const bool is_good = *result == "good";
+    if (!is_good) ++bad;
+    table.add_row({info.name, std::to_string(info.version), format_size(info.data_bytes), *result},
+                  is_good ? Table::Emphasis::none : Table::Emphasis::bold);
+    report.json.push_back(verified_json(info, *result));
+  }
+  report.text = report.json.empty()
+                    ? nothing_text(options, "arrays with a checksum", "take one with `cowctl put --checksum`")
+                    : table.to_string(options.style);
+  if (without > 0) report.text += fmt::format("{} without a checksum, not read\n", without);
+  if (bad > 0) report.text += fmt::format("{} not as when it was sealed: put it again\n", bad);
+  report.is_bad_news = bad > 0;
+  return report;
 }
 
 }  // namespace cowmgr::cli

@@ -4,10 +4,7 @@
 // are interleaved at random, so that a machine that drifts drifts for all of them; the ratio is one of
 // medians over the repetitions.
 
-#include <algorithm>
 #include <array>
-#include <chrono>
-#include <cstdlib>
 #include <memory>
 #include <sched.h>
 #include <sys/sysinfo.h>
@@ -19,44 +16,21 @@
 
 #include "cowmgr/cowmgr.hpp"
 #include "proto/text.hpp"
+#include "tests/bench/bench.hpp"
 #include "tests/bench/churn.hpp"
 #include "tests/bench/floor.hpp"
+#include "tests/bench/jobs.hpp"
 #include "tests/bench/report.hpp"
+#include "tests/bench/restart.hpp"
 
 namespace cowmgr::bench {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 constexpr std::uint64_t kAttachBytes = 188 * kMiB;  // the training images of the demo
 constexpr std::uint64_t kPutBytes = 256 * kMiB;
 constexpr int kBatch = 64;
 constexpr std::int64_t kAttaches = 2000;               // of one repetition
 constexpr std::int64_t kAttachesBesideChurn = 50'000;  // so long that the neighbour makes and evicts several
-
-template <class T>
-T value_of(Result<T> result) {
-  if (result) return *std::move(result);
-  fmt::print(stderr, "cowmgr-bench: {}\n", result.error().message);
-  std::exit(1);
-}
-
-// Times each call of `operation` and reports the median and the 99th percentile in microseconds.
-template <class Operation>
-void time_each(benchmark::State& state, const Operation& operation) {
-  std::vector<double> samples;
-  for (auto _ : state) {
-    const auto start = Clock::now();
-    operation();
-    const std::chrono::duration<double> took = Clock::now() - start;
-    state.SetIterationTime(took.count());
-    samples.push_back(took.count() * 1e6);
-  }
-  std::sort(samples.begin(), samples.end());
-  state.counters["p50_us"] = samples[samples.size() / 2];
-  state.counters["p99_us"] = samples[samples.size() * 99 / 100];
-}
 
 // Which processor client and server run on decides what a wake-up costs (here: 15 us when they share one, 35
 // us when they do not, since another processor must be interrupted), and the scheduler changes its mind from
@@ -101,21 +75,6 @@ void put_in_place(const Stage& stage, Place place) {
 void put_bytes(const Client& client, const std::string& name, std::uint64_t size_bytes) {
   auto writer = value_of(client.create(name, {Dtype::of<std::uint8_t>(), {size_bytes}}));
   (void)value_of(writer.seal());
-}
-
-struct Plan {
-  int repetitions = 15;
-  std::uint64_t churn_bytes = 4096 * kMiB;
-};
-
-// Manual time: what an iteration does besides its operation does not count.
-benchmark::internal::Benchmark* add(const std::string& name, const Plan& plan, std::int64_t iterations,
-                                    std::function<void(benchmark::State&)> run) {
-  return benchmark::RegisterBenchmark(name.c_str(), std::move(run))
-      ->UseManualTime()
-      ->Unit(benchmark::kMicrosecond)
-      ->Iterations(iterations)
-      ->Repetitions(plan.repetitions);
 }
 
 void add_attach(const std::string& name, const Plan& plan, Stage& stage, Place place,
@@ -173,12 +132,8 @@ void add_benchmarks(const Plan& plan, Stage& stage) {
 
 void add_ratios(Reporter& reporter) {
   const auto add = [&](const std::string& name, const std::string& of, const std::string& to, double limit,
-                       const std::string& meaning, double each = 1) {
-    const double value = reporter.median(of, "p50_us") / each;
-    const double reference = reporter.median(to, "p50_us");
-    if (value > 0 && reference > 0)
-      reporter.add({name, value / reference, limit, meaning});  // else filtered out
-  };
+                       const std::string& meaning,
+                       double each = 1) { reporter.add_ratio(name, of, to, limit, meaning, each); };
   add("attach_vs_floor_together", "attach_together", "floor_together", 1.4,
       "attach + release against the bare system calls, on one processor");
   add("attach_vs_floor_apart", "attach_apart", "floor_apart", 1.4, "the same, client and server on two");
@@ -232,6 +187,9 @@ int run(int argc, char** argv) {
   plan.churn_bytes = value_of(parse_size(churn));
   const auto daemon = value_of(EmbeddedDaemon::start({.program = {}, .log_level = "warning"}));
   Stage stage = set_stage(daemon, plan);
+  Jobs jobs(daemon, stage.client);
+  RestartedDaemon empty(0);
+  RestartedDaemon full(1000);
   std::vector<std::string> words = {argv[0], "--benchmark_enable_random_interleaving=true",
                                     "--benchmark_filter=" + filter};
   std::vector<char*> flags;
@@ -239,9 +197,13 @@ int run(int argc, char** argv) {
   int count = static_cast<int>(flags.size());
   benchmark::Initialize(&count, flags.data());
   add_benchmarks(plan, stage);
+  jobs.add_benchmarks(plan);
+  add_restarts(plan, empty, full);
   Reporter reporter(benchmark::ConsoleReporter::OO_Tabular);
   benchmark::RunSpecifiedBenchmarks(&reporter);
   add_ratios(reporter);
+  Jobs::add_ratios(reporter);
+  add_restart_ratios(reporter);
   reporter.print_ratios();
   return json.empty() || reporter.write_json(json) ? 0 : 1;
 }

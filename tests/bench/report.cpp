@@ -38,6 +38,13 @@ double Reporter::median(const std::string& benchmark, const std::string& counter
   return median_of(at->second.at(counter));
 }
 
+void Reporter::add_ratio(const std::string& name, const std::string& of, const std::string& to, double limit,
+                         const std::string& meaning, double each) {
+  const double value = median(of, "p50_us") / each;
+  const double reference = median(to, "p50_us");
+  if (value > 0 && reference > 0) add({name, value / reference, limit, meaning});  // else filtered out
+}
+
 void Reporter::print_ratios() const {
   fmt::print("\n{:<28}{:>8}{:>8}\n", "ratio (medians, this run)", "value", "limit");
   for (const auto& ratio : ratios_) {

@@ -25,6 +25,10 @@ class Reporter : public benchmark::ConsoleReporter {
     std::string meaning;
   };
   void add(Ratio ratio) { ratios_.push_back(std::move(ratio)); }
+  // The median time of `of` for each of `each` things against that of `to`; nothing if one of them did not
+  // run.
+  void add_ratio(const std::string& name, const std::string& of, const std::string& to, double limit,
+                 const std::string& meaning, double each = 1);
   void print_ratios() const;
   // Returns false, with the reason on standard error, when the file cannot be written.
   [[nodiscard]] bool write_json(const std::string& path) const;

@@ -1,4 +1,5 @@
-// Processes that are killed at random instants, hundreds of times: no result is lost, nothing leaks.
+// Clients, makers of result sets and the daemon, killed at random instants, hundreds of times: nothing leaks.
+// Workers are in result_kills_test.cpp.
 //
 // The seed is fixed, the instants are not: they hang on the scheduler. Each run tries others.
 #include <algorithm>
@@ -46,54 +47,6 @@ void fill(const Slot& slot) {
   const auto items = *slot.as<std::uint32_t>();
   for (auto& item : items) item = 0xDEADBEEF;
   for (std::size_t i = 0; i < items.size(); ++i) items[i] = value_of(slot.rows().begin + i);
-}
-
-void work(const Client& client) {
-  auto set = client.open_results("set", kForever);
-  if (!set) return;
-  for (auto slot = set->lease(); slot && *slot;) {
-    fill(**slot);
-    if ((*slot)->index() % 3 == 0) {
-      (void)(*slot)->commit();
-      slot = set->lease();
-    } else {
-      slot = (*slot)->commit_and_lease();
-    }
-  }
-}
-
-TEST_F(Kills, OfWorkersLoseNoResult) {
-  constexpr std::uint64_t kRows = 60'000;
-  constexpr std::uint64_t kSlots = 600;
-  constexpr int kKills = 300;
-  const auto start_worker = [&] {
-    return Child([&](const Link&) {
-      for (const Client client = connect();;) work(client);
-    });
-  };
-  std::vector<Child> workers;
-  for (std::size_t i = 0; i < kWorkers; ++i) workers.push_back(start_worker());
-  const Client client = connect();
-  int kills = 0;
-  for (int round = 0; kills < kKills; ++round) {
-    auto set = client.create_results("set", {Dtype::of<std::uint32_t>(), {kRows}}, kSlots, {.replace = true});
-    ASSERT_THAT(set, Succeeds());
-    std::size_t changes_left = below(6);
-    const auto array = set->wait(kForever, [&](const ResultsInfo&) {
-      if (changes_left-- > 0) return;
-      replace_one(workers, start_worker);
-      changes_left = below(6);
-      ++kills;
-    });
-    ASSERT_THAT(array, Succeeds());
-    const auto items = *array->as<std::uint32_t>();
-    ASSERT_EQ(items.size(), kRows);
-    for (std::uint64_t row = 0; row < kRows; ++row)
-      ASSERT_EQ(items[row], value_of(row)) << "round " << round << ", row " << row;
-    EXPECT_EQ(set->info()->committed, kSlots);
-  }
-  workers.clear();
-  EXPECT_TRUE(eventually([&] { return client.ping()->sessions == 1; }));
 }
 
 // Puts, attaches, releases and evicts until it is killed.

@@ -49,7 +49,7 @@ class TinyShm : public DaemonLifeTest {
         test.say("no namespace");
         return;
       }
-      Daemon daemon(socket(), instance(), {"--capacity", "1GiB"});
+      Daemon daemon(socket(), instance(), {"--capacity", "1GiB", "--purge"});
       script(connect());
       EXPECT_EQ(daemon.stop(SIGTERM), 0);
       EXPECT_THAT(shm_files(instance()), testing::IsEmpty());

@@ -47,7 +47,7 @@ class Daemon:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             ready.bind(notify)
             self.process = subprocess.Popen(
-                [BIN / "cowmgr", "--socket", self.socket, "--instance", self.instance, "--log-level", "warning", *flags],
+                [BIN / "cowmgr", "--socket", self.socket, "--instance", self.instance, "--log-level", "warning", "--purge", *flags],
                 env=os.environ | {"NOTIFY_SOCKET": notify})
             self.wait_until_ready(ready)
         os.unlink(notify)
@@ -596,7 +596,7 @@ class Show(CowctlTest):
     def test_clients(self):
         (client,) = self.run_json("clients")
         self.assertEqual(client["command"], "cowctl clients")
-        self.assertRegex(self.run_text("clients"), r"\ASESSION +PID +USER +COMMAND .*\n.* cowctl clients ")
+        self.assertRegex(self.run_text("clients"), r"\A *SESSION +PID +USER +COMMAND .*\n.* cowctl clients ")
 
     def test_ping(self):
         answer = self.run_json("ping")
@@ -606,7 +606,7 @@ class Show(CowctlTest):
 
     def test_shutdown(self):
         self.put("x", np.arange(3))
-        self.assertEqual(self.run_text("shutdown"), f"the daemon at {self.daemon.socket} is stopping\n")
+        self.assertIn(f"the daemon at {self.daemon.socket} is stopping; its arrays stay", self.run_text("shutdown"))
         self.assertEqual(self.daemon.process.wait(TIMEOUT_S), 0)
         self.refuse("no_daemon", "ls", code=3)
 
@@ -710,13 +710,68 @@ class Usage(CowctlTest):
 
     def test_help(self):
         text = self.run_text("--help")
-        commands = "ls stat put get evict pin unpin clients results ping shutdown".split()
+        commands = "ls stat put get evict pin unpin clients results ping shutdown fsck".split()
         for command in commands:
             self.assertRegex(text, rf"\n  cowctl {command}\b")
             example = self.run_text(command, "--help")
             self.assertIn(f"Example:\n  cowctl {command}", example)
         self.assertIn("COWMGR_SOCKET", text)
         self.assertEqual(self.run_text("--version"), "cowctl 0.1.0\n")
+
+
+class Fsck(CowctlTest):
+    """What is left of a daemon that was killed."""
+
+    def fsck(self, *flags, **how):
+        return self.run_json("fsck", self.daemon.instance, *flags, **how)
+
+    def kill(self):
+        self.daemon.process.kill()
+        self.daemon.process.wait(TIMEOUT_S)
+
+    def stop_daemon(self):
+        self.kill()
+        for file in self.daemon.files():
+            os.unlink(file)
+
+    def test_lists_what_there_is_without_a_daemon(self):
+        self.put("x", np.arange(3), "--pin")
+        (instance,) = self.fsck()
+        self.assertEqual((instance["instance"], instance["daemon_pid"]), (self.daemon.instance, self.daemon.process.pid))
+        self.kill()
+        (instance,) = self.fsck()
+        self.assertNotIn("daemon_pid", instance)
+        (file,) = instance["files"]
+        self.assertEqual((file["name"], file["version"], file["state"], file["pinned"]), ("x", 1, "sealed", True))
+        text = self.run_text("fsck")
+        self.assertIn(f"instance {self.daemon.instance}: no daemon", text)
+        self.assertRegex(text, r"sealed +.*x +1 ")
+
+    def test_repairs_what_nobody_can_use(self):
+        self.put("x", np.arange(3))
+        maker = subprocess.Popen([BIN / "test_results_maker", "s", "dense"], env=self.env(), stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE)
+        self.assertEqual(maker.stdout.readline(), b"done\n")
+        self.refuse("busy", "fsck", self.daemon.instance, "--repair", says="stop it first")
+        self.kill()
+        damaged = Path(f"/dev/shm/cowmgr.{self.daemon.instance}.quarantine.00000000000000ff")
+        damaged.write_bytes(b"damage")
+        text = self.run_text("fsck", self.daemon.instance)
+        self.assertIn("1 of no use to anybody", text, "the maker of the set may come back to it")
+        self.assertRegex(text, rf"results +.* s +.* of process {maker.pid}\n")
+        maker.communicate(timeout=TIMEOUT_S)
+        self.assertEqual(sorted(file["state"] for file in self.fsck()[0]["files"]), ["damaged", "results", "sealed", "unsealed"])
+        self.assertIn("3 of no use to anybody", self.run_text("fsck", self.daemon.instance))
+        repaired = self.fsck("--repair")[0]["files"]
+        self.assertEqual([file["removed"] for file in repaired if file["state"] == "sealed"], [False])
+        self.assertEqual(len([file for file in repaired if file["removed"]]), 3)
+        self.assertEqual([file["name"] for file in self.fsck()[0]["files"]], ["x"])
+        self.assertEqual(len(self.daemon.files()), 1, "and no lock")
+
+    def test_nothing_there(self):
+        self.assertEqual(self.run_json("fsck", "no-such-instance"), [])
+        self.assertIn("nothing in shared memory", self.run_text("fsck", "no-such-instance"))
+        self.refuse("invalid_argument", "fsck", "../x", says="letters")
 
 
 def main():

@@ -6,6 +6,7 @@ The answers are compared with those of tests/unit/knn_oracle.py, which shares no
 
 import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ WORKERS = 4
 CORRECT = 8554  # of TEST_ROWS, k = 5: counted once with the oracle
 ARRAYS = {"fashion-mnist/train/images", "fashion-mnist/train/labels", "fashion-mnist/test/images",
           "fashion-mnist/test/predictions"}
+INSTANCES = itertools.count()
 
 
 @functools.cache
@@ -56,6 +58,7 @@ class Demo:
                                         env=os.environ | {"TMPDIR": str(folder)})
         self.output = ""
         self.workers = []
+        self.daemon = None  # its own
         for line in iter(self.process.stdout.readline, b""):
             self.output += line.decode()
             if line.startswith(b"Their processes: "):
@@ -63,10 +66,14 @@ class Demo:
                 break
         else:
             raise AssertionError(f"it did not start: {self.process.wait()} {self.error_text()}")
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        self.daemon, = {int(pid) for pid in children} - set(self.workers)
-        self.pidfds = {pid: os.pidfd_open(pid) for pid in (self.daemon, *self.workers)}
-        self.socket = glob.glob(f"{folder}/*/cowmgr.sock")[0]
+        if "--socket" not in flags:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            self.daemon, = {int(pid) for pid in children} - set(self.workers)
+            self.socket = glob.glob(f"{folder}/*/cowmgr.sock")[0]
+        self.pidfds = {pid: os.pidfd_open(pid) for pid in (*self.daemons(), *self.workers)}
+
+    def daemons(self):
+        return [self.daemon] if self.daemon else []
 
     def error_text(self):
         self.errors.seek(0)
@@ -89,6 +96,49 @@ class Demo:
             if not self.has_ended(pid):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             os.close(pidfd)
+
+
+class OtherDaemon:
+    """A daemon that is not the demo's own."""
+
+    def __init__(self, folder):
+        self.socket = f"{folder}/other.sock"
+        self.instance = f"knn-{os.getpid()}-{next(INSTANCES)}"
+        self.start()
+        while self.cowctl("ping") is None:
+            pass
+
+    def start(self):
+        self.process = subprocess.Popen([BIN / "cowmgr", "--socket", self.socket, "--instance", self.instance,
+                                         "--log-level", "error"])
+
+    def kill_and_start(self):
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def cowctl(self, *args):
+        done = subprocess.run([BIN / "cowctl", "--socket", self.socket, "--json", *args], capture_output=True,
+                              check=False, timeout=TIMEOUT_S)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def until_committed(self, slots):
+        """Asks again and again, also while it does not serve yet."""
+        for _ in range(20_000):
+            sets = self.cowctl("results")
+            if sets and sets[0]["committed"] >= slots:
+                return
+            if sets == [] and slots > 0:  # done
+                return
+        raise AssertionError(f"{slots} slots are not committed")
+
+    def close(self):
+        if self.process.poll() is None:
+            while self.cowctl("shutdown", "--purge") is None:
+                pass
+        self.process.wait(TIMEOUT_S)
+        for file in glob.glob(f"{self.socket}*"):
+            os.unlink(file)
 
 
 class KnnDemoTest(unittest.TestCase):
@@ -242,6 +292,34 @@ class KnnDemoTest(unittest.TestCase):
         self.assertRegex(demo.error_text(), r"(?m)^knn-demo: cowmgr was killed by signal 9")
         self.assert_clean(demo)
 
+    def test_the_daemon_of_others_is_killed_again_and_again(self):
+        rows, slots, deaths = 4000, 80, 6
+        daemon = OtherDaemon(self.temporary)
+        self.addCleanup(daemon.close)
+        demo = self.start("--socket", daemon.socket, "--workers", "3", "--test-rows", str(rows), "--slots", str(slots),
+                          *self.outputs())
+        for death in range(deaths):
+            daemon.until_committed(slots * death // deaths)
+            daemon.kill_and_start()
+        self.assertEqual(demo.wait(), 0, demo.error_text())
+        self.assertEqual(demo.error_text(), "")
+        self.assert_right(self.report_of(demo, k=5, rows=rows), k=5, rows=rows)
+        self.assertEqual(daemon.cowctl("ls"), [], "the demo takes its arrays away")
+        self.assertEqual(daemon.cowctl("results"), [])
+        daemon.close()
+        self.assert_clean(demo)
+
+    def test_arrays_of_others_stay(self):
+        daemon = OtherDaemon(self.temporary)
+        self.addCleanup(daemon.close)
+        np.save(self.folder / "theirs.npy", np.arange(3))
+        daemon.cowctl("put", f"{self.folder}/theirs.npy", "--name", "fashion-mnist/test/images")
+        done = subprocess.run([BIN / "knn-demo", "--socket", daemon.socket], capture_output=True, check=False,
+                              timeout=TIMEOUT_S)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr.decode(), r"\Aknn-demo: array .fashion-mnist/test/images. exists; [^\n]+\n\Z")
+        self.assertEqual([array["name"] for array in daemon.cowctl("ls")], ["fashion-mnist/test/images"])
+
     def test_signals(self):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             for keep in ([], ["--keep"]):
@@ -273,7 +351,7 @@ class KnnDemoTest(unittest.TestCase):
     def test_wrong_usage(self):
         for flags in (["--k", "0"], ["--k", "-1"], ["--workers", "0"], ["--workers", "x"], ["--workers", "257"],
                       ["--slots", "0"], ["--test-rows", "0"], ["--data", "/nonexistent"], ["--nonsense"], ["more"],
-                      ["--json"]):
+                      ["--json"], ["--keep", "--socket", "s"]):
             with self.subTest(flags):
                 self.refuse(*flags, code=2, says="; see `knn-demo --help`")
 
@@ -315,7 +393,8 @@ class KnnDemoTest(unittest.TestCase):
     def test_help(self):
         output, errors = self.run_demo("--help")
         self.assertEqual(errors, "")
-        for option in ("--workers", "--k", "--slots", "--test-rows", "--data", "--json", "--predictions", "--keep"):
+        for option in ("--workers", "--k", "--slots", "--test-rows", "--data", "--json", "--predictions", "--keep",
+                       "--socket"):
             self.assertIn(option, output)
 
     def test_worker_usage(self):

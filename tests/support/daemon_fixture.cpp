@@ -9,49 +9,57 @@
 #include <cstring>
 #include <fcntl.h>
 #include <filesystem>
+#include <fstream>
 #include <poll.h>
+#include <pthread.h>
 #include <spawn.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <sys/wait.h>
+#include <thread>
 #include <unistd.h>
 
 #include <fmt/format.h>
+
+#include "tests/support/service_manager.hpp"
 
 namespace cowmgr::test {
 namespace {
 
 namespace fs = std::filesystem;
 
-// Where the daemon says that it serves (sd_notify(3)).
-UniqueFd listen_for_readiness(const std::string& path) {
-  UniqueFd fd(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path, path.data(), std::min(path.size(), sizeof address.sun_path - 1));
-  EXPECT_EQ(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0) << path;
-  return fd;
-}
-
-// Starts the daemon; `log`, if any, becomes its standard error.
-pid_t spawn_daemon(const std::vector<std::string>& arguments, const std::string& notify, int log) {
-  std::vector<std::string> words = {program_path("cowmgr")};
+// `stored` are the descriptors that a service manager hands to it: their process number must be the daemon's
+// own (sd_listen_fds(3)), which the shell knows that becomes the daemon.
+pid_t spawn_daemon(const std::vector<std::string>& arguments, const std::string& notify, const Launch& launch,
+                   const ServiceManager::Stored& stored = {}) {
+  std::vector<std::string> words = {program_path(launch.program)};
+  if (!stored.empty()) {
+    const std::string script = "LISTEN_PID=$$ exec \"$0\" \"$@\"";
+    words.insert(words.begin(), {"/bin/sh", "-c", script});
+  }
   words.insert(words.end(), arguments.begin(), arguments.end());
   std::vector<char*> argv;
   for (auto& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
-  std::string notify_variable = "NOTIFY_SOCKET=" + notify;
+  std::vector<std::string> variables = launch.environment;
+  variables.push_back("NOTIFY_SOCKET=" + notify);
+  std::string names;
+  for (const auto& [name, fd] : stored) names += (names.empty() ? "" : ":") + name;
+  if (!stored.empty()) {
+    variables.push_back(fmt::format("LISTEN_FDS={}", stored.size()));
+    variables.push_back("LISTEN_FDNAMES=" + names);
+  }
   std::vector<char*> environment;
   for (char** entry = environ; *entry != nullptr; ++entry) {
     if (std::string_view(*entry).substr(0, 7) != "COWMGR_") environment.push_back(*entry);
   }
-  environment.push_back(notify_variable.data());
+  for (auto& variable : variables) environment.push_back(variable.data());
   environment.push_back(nullptr);
   posix_spawn_file_actions_t actions;
   ::posix_spawn_file_actions_init(&actions);
-  if (log >= 0) ::posix_spawn_file_actions_adddup2(&actions, log, STDERR_FILENO);
+  if (launch.log >= 0) ::posix_spawn_file_actions_adddup2(&actions, launch.log, STDERR_FILENO);
+  int number = STDERR_FILENO;
+  for (const auto& [name, fd] : stored) ::posix_spawn_file_actions_adddup2(&actions, fd.get(), ++number);
   pid_t pid = -1;
   const int rc = ::posix_spawn(&pid, argv.front(), &actions, nullptr, argv.data(), environment.data());
   ::posix_spawn_file_actions_destroy(&actions);
@@ -59,16 +67,30 @@ pid_t spawn_daemon(const std::vector<std::string>& arguments, const std::string&
   return pid;
 }
 
-bool wait_until_ready(int notify, pid_t pid) {
-  const UniqueFd pidfd = open_pidfd(pid);
-  std::array<pollfd, 2> events{{{notify, POLLIN, 0}, {pidfd.get(), POLLIN, 0}}};
-  const int timeout_ms = static_cast<int>(std::chrono::milliseconds(kDeadline).count());
-  if (::poll(events.data(), events.size(), timeout_ms) <= 0 || (events[0].revents & POLLIN) == 0)
-    return false;
-  std::array<char, 256> text{};
-  const auto count = ::recv(notify, text.data(), text.size(), 0);
-  return count > 0 && std::string_view(text.data(), static_cast<std::size_t>(count)).find("READY=1") == 0;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+// The sanitizers of gcc 12 do not take their locks at a fork: what another thread has locked just then, in
+// its allocator say, stays so in the child for ever. A thread that sleeps has none. Those that never rest are
+// not waited for.
+void wait_until_others_sleep() {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+  const auto sleeps = [](const fs::path& task) {
+    std::ifstream in(task / "stat");
+    std::string text;
+    std::getline(in, text);
+    const auto state = text.rfind(") ");  // "pid (name) S ..." (proc(5)); of a thread that has ended, nothing
+    return state == std::string::npos || text[state + 2] == 'S';
+  };
+  const auto others_sleep = [&] {
+    const std::string self = std::to_string(::gettid());
+    const fs::directory_iterator tasks("/proc/self/task");
+    return std::all_of(tasks, fs::directory_iterator(), [&](const auto& task) {
+      return task.path().filename() == self || sleeps(task.path());
+    });
+  };
+  while (!others_sleep() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
 }
+const int waits_at_forks = ::pthread_atfork(wait_until_others_sleep, nullptr, nullptr);
+#endif
 
 }  // namespace
 
@@ -145,15 +167,16 @@ std::vector<std::byte> copy_of(std::span<const std::byte> bytes) {
 
 // ---- Daemon ----
 
-Daemon::Daemon(std::string socket, std::string instance, const std::vector<std::string>& arguments)
+Daemon::Daemon(std::string socket, std::string instance, const std::vector<std::string>& arguments,
+               const Launch& launch)
     : socket_(std::move(socket)), instance_(std::move(instance)) {
-  const std::string notify = socket_ + ".notify";
-  const UniqueFd readiness = listen_for_readiness(notify);
+  std::optional<ServiceManager> own;
+  ServiceManager& manager = launch.manager != nullptr ? *launch.manager : own.emplace(socket_ + ".notify");
   std::vector<std::string> all = {"--socket", socket_, "--instance", instance_, "--log-level", "warning"};
   all.insert(all.end(), arguments.begin(), arguments.end());
-  pid_ = spawn_daemon(all, notify, -1);
-  EXPECT_TRUE(wait_until_ready(readiness.get(), pid_)) << "the daemon does not start";
-  ::unlink(notify.c_str());
+  pid_ = spawn_daemon(all, manager.path(), launch, manager.stored());
+  serves_ = manager.await_ready(pid_);
+  EXPECT_TRUE(serves_ || launch.may_refuse) << "the daemon does not start";
 }
 
 Daemon::~Daemon() {
@@ -174,7 +197,7 @@ Ended run_daemon(const std::vector<std::string>& arguments) {
   EXPECT_EQ(::pipe2(ends.data(), O_CLOEXEC), 0);
   const UniqueFd reader(ends[0]);
   UniqueFd writer(ends[1]);
-  const pid_t pid = spawn_daemon(arguments, "", writer.get());
+  const pid_t pid = spawn_daemon(arguments, "", {.log = writer.get()});
   writer.reset();
   Ended ended;
   std::array<char, 4096> text{};
@@ -189,8 +212,13 @@ Ended run_daemon(const std::vector<std::string>& arguments) {
 
 // ---- The fixtures ----
 
-Daemon& DaemonLifeTest::start(const std::vector<std::string>& arguments) {
-  daemon_ = std::make_unique<Daemon>(socket(), instance_, arguments);
+Daemon& DaemonLifeTest::start(std::vector<std::string> arguments) {
+  arguments.emplace_back("--purge");
+  return start_keeping(arguments);
+}
+
+Daemon& DaemonLifeTest::start_keeping(const std::vector<std::string>& arguments, const Launch& launch) {
+  daemon_ = std::make_unique<Daemon>(socket(), instance_, arguments, launch);
   return *daemon_;
 }
 
@@ -199,8 +227,8 @@ void DaemonLifeTest::stop() {
   daemon_.reset();
 }
 
-Client DaemonLifeTest::connect(const std::string& command) const {
-  auto client = Client::connect({.socket = socket(), .command = command});
+Client DaemonLifeTest::connect(const std::string& command, Milliseconds reconnect) const {
+  auto client = Client::connect({.socket = socket(), .command = command, .reconnect = reconnect});
   if (!client) {
     ADD_FAILURE() << client.error().message;
     std::abort();  // there is nothing that the test could go on with
@@ -212,6 +240,15 @@ void DaemonLifeTest::TearDown() {
   if (daemon_) stop();
   EXPECT_THAT(shm_files(instance_), testing::IsEmpty());
   EXPECT_THAT(directory_.files(), testing::IsEmpty());
+}
+
+void KeepingDaemonTest::TearDown() {
+  if (daemon_) {
+    EXPECT_THAT(connect().shutdown(true), Succeeds());
+    EXPECT_EQ(daemon_->wait(), 0);
+    daemon_.reset();
+  }
+  DaemonLifeTest::TearDown();
 }
 
 }  // namespace cowmgr::test

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <chrono>
+#include <csignal>
 #include <cstddef>
 #include <memory>
 #include <optional>
@@ -67,6 +68,9 @@ class TemporaryDirectory {
 // Bytes that differ from page to page and from seed to seed.
 [[nodiscard]] std::vector<std::byte> pattern_bytes(std::size_t size_bytes, unsigned seed = 1);
 [[nodiscard]] std::vector<std::byte> copy_of(std::span<const std::byte> bytes);
+[[nodiscard]] inline std::string text_of(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
 // All arrays that `client` may see; none when the daemon refuses.
 [[nodiscard]] inline std::vector<ArrayInfo> arrays_of(const Client& client) {
@@ -75,11 +79,23 @@ class TemporaryDirectory {
   return arrays ? *std::move(arrays) : std::vector<ArrayInfo>();
 }
 
+class ServiceManager;
+
+// What is started, where that is not the daemon as everybody has it.
+struct Launch {
+  std::string program = "cowmgr";          // of this build
+  std::vector<std::string> environment{};  // "NAME=value", beside that of the test
+  int log = -1;                            // its standard error; -1: that of the test
+  bool may_refuse = false;                 // to start: Daemon::serves() tells. Default: the test fails
+  ServiceManager* manager = nullptr;       // hands it what it has stored; null: one of its own, for the start
+};
+
 // A running daemon; killed if it still runs when this object goes.
 class Daemon {
  public:
   // Starts `cowmgr` and returns when it says that it serves; a test fails when it does not.
-  Daemon(std::string socket, std::string instance, const std::vector<std::string>& arguments);
+  Daemon(std::string socket, std::string instance, const std::vector<std::string>& arguments,
+         const Launch& launch = {});
   ~Daemon();
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -87,6 +103,8 @@ class Daemon {
   [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
   [[nodiscard]] const std::string& instance() const noexcept { return instance_; }
   [[nodiscard]] pid_t pid() const noexcept { return pid_; }
+  // False when it refused to start: then wait() says how it ended.
+  [[nodiscard]] bool serves() const noexcept { return serves_; }
   // Sends `signal` and waits for the end. Returns what reap() does.
   int stop(int signal);
   // Waits for an end that somebody else brings about.
@@ -96,6 +114,7 @@ class Daemon {
   std::string socket_;
   std::string instance_;
   pid_t pid_ = -1;
+  bool serves_ = false;
 };
 
 // A daemon that is expected to end by itself: how, and what it wrote to standard error.
@@ -110,16 +129,33 @@ class DaemonLifeTest : public testing::Test {
  protected:
   void TearDown() override;
 
-  Daemon& start(const std::vector<std::string>& arguments = {});
+  // A daemon whose arrays go with it.
+  Daemon& start(std::vector<std::string> arguments = {});
+  // One that leaves them to the next.
+  Daemon& start_keeping(const std::vector<std::string>& arguments = {}, const Launch& launch = {});
   // Ends the daemon as an operator would, and checks that it leaves nothing.
   void stop();
-  [[nodiscard]] Client connect(const std::string& command = "test") const;
+  // Unless a test asks for it, clients do not look for another daemon when theirs goes away.
+  [[nodiscard]] Client connect(const std::string& command = "test",
+                               Milliseconds reconnect = Milliseconds(0)) const;
   [[nodiscard]] std::string socket() const { return directory_.file("s"); }
   [[nodiscard]] const std::string& instance() const noexcept { return instance_; }
 
   TemporaryDirectory directory_;
   std::string instance_ = unique_instance();
   std::unique_ptr<Daemon> daemon_;
+};
+
+// Tests whose daemon leaves its arrays to the next one; the last takes everything away.
+class KeepingDaemonTest : public DaemonLifeTest {
+ protected:
+  void SetUp() override { start_keeping(); }
+  void TearDown() override;
+  void kill() { EXPECT_EQ(daemon_->stop(SIGKILL), -SIGKILL); }
+  void kill_and_start(const std::vector<std::string>& arguments = {}) {
+    kill();
+    start_keeping(arguments);
+  }
 };
 
 class DaemonTest : public DaemonLifeTest {

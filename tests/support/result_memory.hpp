@@ -17,7 +17,7 @@ class ResultMemory {
  public:
   ResultMemory(std::uint64_t set, std::uint64_t slots, std::uint64_t value_bytes)
       : layout_(result_layout(slots, value_bytes)), pages_(layout_.max_bytes / kPageBytes), set_(set) {
-    write_result_header(data(), set, slots, layout_);
+    write_result_header(data(), {.set = set, .slots = slots, .name = "set"}, layout_);
   }
 
   [[nodiscard]] std::byte* data() noexcept { return pages_.front().bytes.data(); }

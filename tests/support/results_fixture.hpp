@@ -44,15 +44,15 @@ class ResultSetsTest : public StoreTest {
   // ---- Sets ----
 
   // The segment of a set's slots, as the daemon makes it: room for four pages of values, or fewer.
-  SlotMemory slot_memory(SessionId session, ArrayId set, const ResultTerms& terms) {
-    const ResultLayout layout = ResultSets::layout_of(terms);
+  SlotMemory slot_memory(const ResultRecord& record, const ResultTerms& terms) {
+    const ResultLayout layout = result_layout(record);
     const std::uint64_t size_bytes = std::min(layout.max_bytes, layout.values_offset + 4 * kPageBytes);
-    EXPECT_THAT(store_->charge_segment(store_->peer(session).uid, size_bytes), Succeeds());
+    EXPECT_THAT(store_->charge_segment(record.owner_uid, size_bytes), Succeeds());
     Segment segment = make_segment(store_->next_id(), size_bytes, "");
     segment.lease.reset();
     auto mapping = Mapping::map(segment.writer.get(), layout.max_bytes, Access::read_write);
     EXPECT_THAT(mapping, Succeeds());
-    write_result_header(mapping->data(), set, terms.slots, layout);
+    write_result_header(mapping->data(), record, layout, terms.job);
     return {std::move(segment), *std::move(mapping)};
   }
 
@@ -60,9 +60,16 @@ class ResultSetsTest : public StoreTest {
   struct Terms {
     bool is_detached = false;
     SlotLimits limits{};
+    std::string queue{};
+    std::vector<std::byte> job{};
   };
   static ResultTerms terms(std::uint64_t slots, bool is_ragged, const Terms& terms) {
-    return {.slots = slots, .is_ragged = is_ragged, .is_detached = terms.is_detached, .limits = terms.limits};
+    return {.slots = slots,
+            .is_ragged = is_ragged,
+            .is_detached = terms.is_detached,
+            .limits = terms.limits,
+            .queue = terms.queue,
+            .job = terms.job};
   }
   struct SetOptions {
     bool replace = false;
@@ -73,12 +80,12 @@ class ResultSetsTest : public StoreTest {
   ArrayId make(SessionId session, const std::string& name, std::uint64_t slots, const SetOptions& options,
                const Terms& set_terms) {
     auto wanted = request(name, {.replace = options.replace, .mode = options.mode});
-    wanted.is_detached = set_terms.is_detached;
     const auto id = store_->reserve(session, wanted, tick());
     EXPECT_THAT(id, Succeeds());
     EXPECT_THAT(store_->back(*id, make_segment(*id)), Succeeds());
     const ResultTerms all = terms(slots, false, set_terms);
-    return results_->add_dense(session, all, record(*id), slot_memory(session, *id, all)).id;
+    const auto described = ResultSets::record_of(session, all, record(*id));
+    return results_->add(described, slot_memory(described, all)).id;
   }
   ArrayId make(SessionId session, const std::string& name, std::uint64_t slots) {
     return make(session, name, slots, {}, {});
@@ -92,7 +99,8 @@ class ResultSetsTest : public StoreTest {
     const ArrayId id = store_->next_id();
     const ResultTerms all = terms(slots, true, set_terms);
     const CreateRequest wanted{.name = name, .spec = {Dtype::of<std::uint8_t>(), {}}, .mode = options.mode};
-    return results_->add_ragged(session, all, id, wanted, slot_memory(session, id, all), tick()).id;
+    const auto described = results_->record_of(session, all, id, wanted, tick());
+    return results_->add(described, slot_memory(described, all)).id;
   }
   ArrayId make_ragged(SessionId session, const std::string& name, std::uint64_t slots) {
     return make_ragged(session, name, slots, {}, {});
@@ -149,7 +157,7 @@ class ResultSetsTest : public StoreTest {
     return results_->commit_value(session, set(id), slot, std::as_bytes(std::span(value)), now().time);
   }
   Result<void> fail(SessionId session, ArrayId id, SlotIndex slot, const std::string& reason) {
-    return results_->fail(session, set(id), slot, reason, now().time);
+    return results_->fail(session, set(id), slot, reason, false, now().time);
   }
   // An array for a slot of a ragged set, being written.
   ArrayId allocate(SessionId session, ArrayId id, SlotIndex slot, std::uint64_t pages = 3) {
@@ -163,13 +171,17 @@ class ResultSetsTest : public StoreTest {
   }
   // Seals what was allocated for the slot, and commits it.
   Result<void> commit_array(SessionId session, ArrayId id, SlotIndex slot) {
-    seal(session, set(id).allocated.at(slot));
+    seal(kHouse, set(id).allocated.at(slot));
     return results_->commit_array(session, set(id), slot, now().time);
   }
 
   // ---- What the daemon does after each request, and when a session ends ----
 
-  std::vector<ArrayId> finish() { return results_->finish_settled(tick()); }
+  std::vector<ArrayId> finish() {
+    std::vector<ArrayId> refused;
+    for (const auto& set : results_->finish_settled(tick())) refused.push_back(set.set);
+    return refused;
+  }
   void forget_dropped() {
     for (const ArrayId array : store_->take_dropped()) results_->forget_array(array);
   }

@@ -24,7 +24,9 @@ class StoreTest : public ShmTest {
   using Names = std::vector<std::string>;
 
   // Sessions: two processes of one user, one of her group, a stranger, root, and the daemon's own user.
-  static constexpr SessionId kAlice = 1, kAlice2 = 2, kMate = 3, kStranger = 4, kRoot = 5, kAdmin = 6;
+  static constexpr SessionId kAlice = session_id(1, 11), kAlice2 = session_id(2, 12),
+                             kMate = session_id(3, 13), kStranger = session_id(4, 14),
+                             kRoot = session_id(5, 15), kAdmin = session_id(6, 16);
   static constexpr uid_t kAliceUid = 1000, kAdminUid = 900;
   static constexpr std::uint64_t kCapacityPages = 100;
 
@@ -81,7 +83,7 @@ class StoreTest : public ShmTest {
     return make_segment(id, record(id).segment_bytes(), record(id).header);
   }
   [[nodiscard]] Segment make_segment(ArrayId id, std::uint64_t size_bytes, const std::string& header) const {
-    auto segment = env_.create(id, size_bytes, header, never_);
+    auto segment = env_.create(id, size_bytes, header, {}, never_);
     EXPECT_THAT(segment, Succeeds());
     return *std::move(segment);
   }

@@ -12,7 +12,7 @@
 namespace cowmgr {
 namespace {
 
-constexpr auto kLastCode = static_cast<std::uint16_t>(Errc::cancelled);
+constexpr auto kLastCode = static_cast<std::uint16_t>(Errc::no_workers);
 
 TEST(ErrorCode, HasAStableNameOfItsOwn) {
   std::set<std::string_view> names;
@@ -32,6 +32,7 @@ TEST(ErrorCode, IsNamedAsItIsSpelled) {
   EXPECT_EQ(to_string(Errc::protocol_mismatch), "protocol_mismatch");
   EXPECT_EQ(to_string(Errc::unsupported), "unsupported");
   EXPECT_EQ(to_string(Errc::cancelled), "cancelled");
+  EXPECT_EQ(to_string(Errc::no_workers), "no_workers");
 }
 
 TEST(ErrorCode, OfANewerPeerIsUnknown) {

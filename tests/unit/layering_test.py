@@ -11,10 +11,12 @@ from pathlib import Path
 # The daemon's files from bottom to top. A name stands for name.hpp, name.cpp and name_*.{hpp,cpp}. A file includes
 # its own layer and those below it.
 DAEMON_LAYERS = [
-    ["shm_env", "lock_file", "peer", "quota"],
+    ["state_change"],
+    ["shm_env", "peer", "quota", "fd_store"],
     ["slot_table"],
-    ["store"],
+    ["store", "store_adoption"],
     ["results"],
+    ["recovery"],
     ["wire", "config"],
     ["core"],
     ["channel"],
@@ -34,7 +36,7 @@ PARTS = {
 }
 NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
 SHM_FILE = "daemon/shm_env.cpp"
-SHM_CALL_ELSEWHERE = {("daemon/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
+SHM_CALL_ELSEWHERE = {("proto/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
 SHM_CALL = re.compile(
     r"\b(shm_open|shm_unlink|(?:posix_)?fallocate(?:64)?|ftruncate(?:64)?|F_SETLEASE|MADV_COLLAPSE)\b")
 

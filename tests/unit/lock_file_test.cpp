@@ -1,4 +1,4 @@
-#include "daemon/lock_file.hpp"
+#include "proto/lock_file.hpp"
 
 #include <fcntl.h>
 #include <filesystem>

@@ -1,14 +1,20 @@
 #include "daemon/peer.hpp"
 
 #include <csignal>
+#include <cstdio>
 #include <functional>
 #include <string>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <utility>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+
+#include "proto/unique_fd.hpp"
 
 namespace cowmgr {
 namespace {
@@ -111,6 +117,26 @@ TEST(EndOf, OtherwiseTheProcessWentAway) {
   Zombie reaped([] { ::_exit(3); });
   reaped.reap();
   EXPECT_EQ(end_of(reaped.pid()), fmt::format("process {} went away", reaped.pid()));
+}
+
+bool is_linux_since(int major, int minor) {
+  utsname kernel{};
+  int has_major = 0;
+  int has_minor = 0;
+  EXPECT_EQ(::uname(&kernel), 0);
+  EXPECT_EQ(std::sscanf(kernel.release, "%d.%d", &has_major, &has_minor), 2);
+  return std::pair(has_major, has_minor) >= std::pair(major, minor);
+}
+
+// Its parent may be faster than the daemon.
+TEST(EndOf, IsToldByThePidfdWhenTheProcessWasWaitedFor) {
+  Zombie killed([] { ::raise(SIGKILL); });
+  const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, killed.pid(), 0)));
+  const std::string before = fmt::format("process {} was killed by signal 9 (Killed)", killed.pid());
+  EXPECT_EQ(end_of(killed.pid(), pidfd.get()), before);
+  killed.reap();
+  EXPECT_EQ(end_of(killed.pid(), pidfd.get()),
+            is_linux_since(6, 15) ? before : fmt::format("process {} went away", killed.pid()));
 }
 
 }  // namespace

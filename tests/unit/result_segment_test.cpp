@@ -39,17 +39,17 @@ std::vector<std::uint64_t> offsets_of(std::uint64_t slots, std::uint64_t value_b
 }
 
 TEST(ResultLayout, SlotsThenTheirOrderThenWholePagesOfValues) {
-  EXPECT_THAT(offsets_of(1, 0), ElementsAre(4096, 4136, 8192, 8192));
-  EXPECT_THAT(offsets_of(1, 1), ElementsAre(4096, 4136, 8192, 12288));
-  EXPECT_THAT(offsets_of(100, 4096), ElementsAre(4096, 8096, 12288, 421888));
-  EXPECT_THAT(offsets_of(1024, 4), ElementsAre(4096, 45056, 49152, 53248));  // 44 bytes a slot: 11 pages
-  EXPECT_THAT(offsets_of(1025, 4), ElementsAre(4096, 45096, 53248, 61440));
+  EXPECT_THAT(offsets_of(1, 0), ElementsAre(8192, 8232, 12288, 12288));
+  EXPECT_THAT(offsets_of(1, 1), ElementsAre(8192, 8232, 12288, 16384));
+  EXPECT_THAT(offsets_of(100, 4096), ElementsAre(8192, 12192, 16384, 425984));
+  EXPECT_THAT(offsets_of(1024, 4), ElementsAre(8192, 49152, 53248, 57344));  // 44 bytes a slot: 11 pages
+  EXPECT_THAT(offsets_of(1025, 4), ElementsAre(8192, 49192, 57344, 65536));
 }
 
 TEST(ResultLayout, TheLargestSetsDoNotOverflow) {
-  EXPECT_THAT(offsets_of(1U << 24U, kMaxValueBytes), ElementsAre(4096, 671092736, 738201600, 1100249829376));
+  EXPECT_THAT(offsets_of(1U << 24U, kMaxValueBytes), ElementsAre(8192, 671096832, 738205696, 1100249833472));
   EXPECT_THAT(offsets_of(UINT32_MAX, kMaxValueBytes),
-              ElementsAre(4096, 171798695896, 188978565120, 281663955210240));
+              ElementsAre(8192, 171798699992, 188978569216, 281663955214336));
 }
 
 TEST(ResultLayout, TheHeaderIsWhatItIs) {
@@ -59,11 +59,13 @@ TEST(ResultLayout, TheHeaderIsWhatItIs) {
   EXPECT_EQ(read_at<std::uint32_t>(memory.data(), 12), 40U);
   EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 16), kSet);
   EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 24), 100U);
-  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 32), 8096U);
-  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 40), 12288U);
-  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 48), 421888U);
-  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 56), 0U);
-  EXPECT_TRUE(std::all_of(memory.data() + 64, memory.data() + memory.layout().max_bytes,
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 32), 12192U);
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 40), 12592U);
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 48), 0U);
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 56), 16384U);
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 64), 425984U);
+  EXPECT_EQ(read_at<std::uint64_t>(memory.data(), 72), 0U);
+  EXPECT_TRUE(std::all_of(memory.data() + 4096, memory.data() + memory.layout().max_bytes,
                           [](std::byte byte) { return byte == std::byte{0}; }));
 }
 
@@ -107,7 +109,7 @@ TEST(ResultSegment, ANewerLayoutIsUnsupportedWhateverElseItSays) {
 // What the daemon writes for one slot, byte for byte.
 void write_slot(ResultMemory& memory, std::uint64_t slot, std::uint64_t word, std::uint64_t place,
                 std::uint64_t size_bytes) {
-  const std::uint64_t at = 4096 + slot * 40;
+  const std::uint64_t at = 8192 + slot * 40;
   write_at<std::uint64_t>(memory.data(), at, word);
   write_at<std::uint64_t>(memory.data(), at + 8, 5);
   write_at<std::int64_t>(memory.data(), at + 16, -6);
@@ -158,9 +160,9 @@ TEST(ResultSegment, OnlyValuesAndReasonsLieInTheSegment) {
 
 TEST(ResultSegment, TellsTheOrderInWhichSlotsWereSettled) {
   ResultMemory memory(kSet, 100, 0);
-  write_at<std::uint32_t>(memory.data(), 8096, 99);
-  write_at<std::uint32_t>(memory.data(), 8100, 3);
-  write_at<std::uint64_t>(memory.data(), 56, 2);
+  write_at<std::uint32_t>(memory.data(), 12192, 99);
+  write_at<std::uint32_t>(memory.data(), 12196, 3);
+  write_at<std::uint64_t>(memory.data(), 72, 2);
   const ResultSegment segment = memory.segment();
   EXPECT_EQ(segment.settled(), 2U);
   EXPECT_EQ(segment.settled_at(0), 99U);

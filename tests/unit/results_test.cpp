@@ -132,7 +132,7 @@ TEST_F(ResultSetsTest, ANameIsTakenByAnOpenSetAndByAnyRaggedOne) {
   EXPECT_THAT(finish(), IsEmpty());
   EXPECT_THAT(check(kAlice, "d", false), Succeeds());  // an array by now: the store refuses
   const ArrayId ended = make_ragged(kAlice, "e", 1);
-  EXPECT_THAT(results_->cancel(kAlice, set(ended)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(ended), false), Succeeds());
   EXPECT_THAT(check(kAlice, "e", false), FailsWith(Errc::already_exists));
 }
 
@@ -340,7 +340,8 @@ TEST_F(ResultSetsTest, ASlotFailsWhenItsWorkersDiedTooOften) {
   end_session(kMate, "process 13 was killed");
   EXPECT_EQ(seen(id, 0).state, SlotState::free);
   EXPECT_EQ(set(id).message, "");
-  EXPECT_THAT(lease(kAlice2, id, 2, false), ElementsAre(0, 1));
+  EXPECT_THAT(lease(kAlice2, id, 2, false), ElementsAre(0));
+  EXPECT_THAT(lease(kAlice2, id, 2, false), ElementsAre(1));
   end_session(kAlice2, "process 12 was killed");
   EXPECT_EQ(seen(id, 0).state, SlotState::failed);
   EXPECT_EQ(seen(id, 1).state, SlotState::free);
@@ -349,6 +350,29 @@ TEST_F(ResultSetsTest, ASlotFailsWhenItsWorkersDiedTooOften) {
   lease_and_commit(kAlice, id);
   EXPECT_THAT(finish(), IsEmpty());
   EXPECT_EQ(set(id).state, SetState::failed);
+}
+
+// One of a batch may have killed its worker: at the next attempt each stands for itself.
+TEST_F(ResultSetsTest, SlotsOfALostBatchAreTriedAgainOneByOne) {
+  const ArrayId id = make(kAlice, "r", 6, {}, {.limits = {.attempts = 2}});
+  EXPECT_THAT(lease(kMate, id, 3, false), ElementsAre(0, 1, 2));
+  end_session(kMate, "killed");
+  EXPECT_THAT(lease(kAlice, id, 6, false), ElementsAre(0));
+  EXPECT_THAT(lease(kAlice, id, 6, true), ElementsAre(1));
+  EXPECT_THAT(lease(kAlice, id, 6, false), ElementsAre(2));
+  EXPECT_THAT(lease(kAlice, id, 6, false), ElementsAre(3, 4, 5));
+}
+
+TEST_F(ResultSetsTest, SlotsWithOneAttemptNeverShareABatch) {
+  const ArrayId id = make(kAlice, "r", 3, {}, {.limits = {.attempts = 1}});
+  for (SlotIndex slot = 0; slot < 3; ++slot) EXPECT_THAT(lease(kMate, id, 3, false), ElementsAre(slot));
+}
+
+TEST_F(ResultSetsTest, WithoutALimitOfAttemptsLostSlotsComeInBatchesAgain) {
+  const ArrayId id = make(kAlice, "r", 3);
+  lease(kMate, id, 2, false);
+  end_session(kMate, "killed");
+  EXPECT_THAT(lease(kAlice, id, 3, false), ElementsAre(0, 1, 2));
 }
 
 TEST_F(ResultSetsTest, AWorkersWordIsOneAttemptWhenThereAreMore) {
@@ -478,7 +502,7 @@ TEST_F(ResultSetsTest, OnlyTheHolderCommitsAnArray) {
   lease(kMate, id);
   EXPECT_THAT(results_->commit_array(kMate, set(id), 0, now().time), FailsWith(Errc::not_holder));
   const ArrayId array = allocate(kMate, id, 0);
-  seal(kMate, array);
+  seal(kHouse, array);
   EXPECT_THAT(results_->commit_array(kAlice2, set(id), 0, now().time), FailsWith(Errc::not_holder));
   EXPECT_THAT(results_->commit_array(kMate, set(id), 1, now().time), FailsWith(Errc::not_holder));
   EXPECT_THAT(set(id).allocated, testing::SizeIs(1));
@@ -490,7 +514,7 @@ TEST_F(ResultSetsTest, AnArrayWhoseSlotWasLostWhileItWasSealedGoes) {
   const ArrayId id = make_ragged(kAlice, "r", 1, {}, {.limits = {.lease = milliseconds(20)}});
   lease(kMate, id);
   const ArrayId array = allocate(kMate, id, 0);
-  seal(kMate, array);
+  seal(kHouse, array);
   pass(20);
   results_->expire(now());
   EXPECT_FALSE(exists(array));
@@ -534,7 +558,7 @@ TEST_F(ResultSetsTest, ASetGoesWithItsOwnerInEveryStateAndItsArrayOnlyIfUnfinish
   const ArrayId failed = make(kAlice, "failed", 1);
   EXPECT_THAT(fail(kMate, failed, lease(kMate, failed), "x"), Succeeds());
   const ArrayId cancelled = make(kAlice, "cancelled", 1);
-  EXPECT_THAT(results_->cancel(kAlice, set(cancelled)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(cancelled), false), Succeeds());
   EXPECT_THAT(finish(), IsEmpty());
   EXPECT_EQ(set(sealing).state, SetState::sealing);
   end_session(kAlice);
@@ -581,8 +605,8 @@ TEST_F(ResultSetsTest, ADetachedRaggedSetKeepsWhatItsDeadWorkersCommitted) {
   EXPECT_EQ(lease(kAlice2, id), 2U);
   end_session(kAlice2);
   EXPECT_TRUE(is_there(id));  // it was never hers
-  EXPECT_THAT(results_->cancel(kAdmin, set(id)), Succeeds());
-  EXPECT_THAT(results_->cancel(kAdmin, set(id)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAdmin, set(id), false), Succeeds());
+  EXPECT_THAT(results_->cancel(kAdmin, set(id), false), Succeeds());
   reclaim();
   EXPECT_EQ(used_pages(), 0U);
 }
@@ -593,7 +617,7 @@ TEST_F(ResultSetsTest, ACancelledSetGivesItsMemoryBackAndRefusesItsWorkers) {
   const ArrayId id = make(kAlice, "r", 2, {.mode = 0660}, {.limits = {.lease = milliseconds(20)}});
   lease(kMate, id);
   const auto revision = set(id).revision;
-  EXPECT_THAT(results_->cancel(kAlice, set(id)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(id), false), Succeeds());
   EXPECT_EQ(set(id).state, SetState::cancelled);
   EXPECT_GT(set(id).revision, revision);
   EXPECT_TRUE(results_->take_changed().at(id).has_ended);
@@ -612,7 +636,7 @@ TEST_F(ResultSetsTest, ACancelledSetGivesItsMemoryBackAndRefusesItsWorkers) {
 TEST_F(ResultSetsTest, ACancelledSetTakesItsLeasesBack) {
   const ArrayId id = make(kAlice, "r", 2);
   lease(kMate, id);
-  EXPECT_THAT(results_->cancel(kAlice, set(id)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(id), false), Succeeds());
   EXPECT_EQ(results_->leases_of(kMate), 0U);
 }
 
@@ -623,24 +647,24 @@ TEST_F(ResultSetsTest, ACancelledRaggedSetGivesItsArraysBack) {
   EXPECT_THAT(commit_array(kMate, id, 0), Succeeds());
   const ArrayId written = allocate(kMate, id, 1);
   EXPECT_THAT(commit_value(kMate, id, 2, "v"), Succeeds());
-  EXPECT_THAT(results_->cancel(kAlice2, set(id)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice2, set(id), false), Succeeds());
   EXPECT_FALSE(exists(committed));
   EXPECT_FALSE(exists(written));
   EXPECT_THAT(set(id).allocated, IsEmpty());
   reclaim();
   EXPECT_EQ(used_pages(), 0U) << "its own segment goes too";
   EXPECT_EQ(set(id).table.committed(), 2U) << "the counts are still told";
-  EXPECT_THAT(results_->cancel(kAlice, set(id)), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(id), false), Succeeds());
   EXPECT_FALSE(is_there(id));
 }
 
 TEST_F(ResultSetsTest, OnlyWhoMayWriteCancels) {
   const ArrayId id = make(kAlice, "r", 1, {.mode = 0640});
-  EXPECT_THAT(results_->cancel(kMate, set(id)), FailsWith(Errc::permission_denied));
-  EXPECT_THAT(results_->cancel(kStranger, set(id)), FailsWith(Errc::permission_denied));
+  EXPECT_THAT(results_->cancel(kMate, set(id), false), FailsWith(Errc::permission_denied));
+  EXPECT_THAT(results_->cancel(kStranger, set(id), false), FailsWith(Errc::permission_denied));
   EXPECT_EQ(set(id).state, SetState::running);
-  EXPECT_THAT(results_->cancel(kAlice, set(id)), Succeeds());
-  EXPECT_THAT(results_->cancel(kMate, set(id)), FailsWith(Errc::permission_denied));
+  EXPECT_THAT(results_->cancel(kAlice, set(id), false), Succeeds());
+  EXPECT_THAT(results_->cancel(kMate, set(id), false), FailsWith(Errc::permission_denied));
   EXPECT_TRUE(is_there(id));
 }
 
@@ -657,7 +681,7 @@ TEST_F(ResultSetsTest, CancellingASetThatHasEndedForgetsItAndWhatItsSlotsHold) {
   EXPECT_THAT(finish(), IsEmpty());
   ignore_changes();
   for (const ArrayId id : {dense, failed, ragged}) {
-    EXPECT_THAT(results_->cancel(kAlice, set(id)), Succeeds());
+    EXPECT_THAT(results_->cancel(kAlice, set(id), false), Succeeds());
     EXPECT_FALSE(is_there(id));
     EXPECT_TRUE(results_->take_changed().at(id).has_ended);
   }
@@ -684,7 +708,8 @@ TEST_F(ResultSetsTest, EveryChangeHasANewRevisionAndIsTold) {
   expect_change("changed free", "give back");
   EXPECT_THAT(fail(kMate, id, lease(kMate, id), "x"), Succeeds());
   expect_change("changed free", "fail, to be tried again");
-  EXPECT_THAT(lease(kAlice, id, 5, false), ElementsAre(0, 1));
+  EXPECT_THAT(lease(kAlice, id, 5, false), ElementsAre(0));
+  EXPECT_THAT(lease(kAlice, id, 5, false), ElementsAre(1));
   expect_change("changed", "lease of two");
   EXPECT_THAT(fail(kAlice, id, 0, "x"), Succeeds());
   expect_change("changed settled", "fail for good");
@@ -730,6 +755,21 @@ TEST_F(ResultSetsTest, WhatCannotBeSealedIsToldOnce) {
   results_->explain(id, "process 13 still maps it");
   results_->explain(id + 100, "no such set");
   EXPECT_THAT(results_->take_changed(), IsEmpty());
+}
+
+TEST_F(ResultSetsTest, ForgettingARunningSetLeavesNothingOfIt) {
+  const ArrayId dense = make(kAlice, "d", 2);
+  lease(kMate, dense);
+  const ArrayId ragged = make_ragged(kAlice, "r", 2);
+  lease(kMate, ragged);
+  allocate(kMate, ragged, 0);
+  EXPECT_THAT(results_->cancel(kMate, set(dense), true), Succeeds());
+  EXPECT_THAT(results_->cancel(kAlice, set(ragged), true), Succeeds());
+  EXPECT_FALSE(is_there(dense));
+  EXPECT_FALSE(is_there(ragged));
+  EXPECT_EQ(results_->leases_of(kMate), 0U);
+  reclaim();
+  EXPECT_EQ(used_pages(), 0U);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ std::string result_of(const Result<Segment>& result) {
 class ShmEnvTest : public ShmTest {
  protected:
   [[nodiscard]] Result<Segment> try_create(std::uint64_t size_bytes) const {
-    return env_.create(1, size_bytes, header_, never_);
+    return env_.create(1, size_bytes, header_, {}, never_);
   }
   [[nodiscard]] Segment create(std::uint64_t size_bytes) const {
     auto segment = try_create(size_bytes);
@@ -122,7 +122,7 @@ TEST_F(ShmEnvTest, ANameThatExistsIsLeftAlone) {
 
 TEST_F(ShmEnvTest, GivesUpWhenThePeerGoes) {
   const std::atomic<bool> gone{true};
-  EXPECT_THAT(env_.create(1, 64 * kMib, header_, gone), FailsWith(Errc::disconnected));
+  EXPECT_THAT(env_.create(1, 64 * kMib, header_, {}, gone), FailsWith(Errc::disconnected));
   EXPECT_THAT(names_of(instance_), IsEmpty());
 }
 
@@ -137,14 +137,14 @@ TEST_F(ShmEnvTest, RemoveTakesTheNameAndUnlinkLeavesTheMemory) {
 TEST_F(ShmEnvTest, RemovesTheLeftoversOfItsOwnInstanceAlone) {
   const ShmEnv neighbour(instance_ + "x", test_lease_signal());
   auto own = create(3 * kPageBytes);
-  auto foreign = neighbour.create(1, 3 * kPageBytes, header_, never_);
+  auto foreign = neighbour.create(1, 3 * kPageBytes, header_, {}, never_);
   ASSERT_THAT(foreign, Succeeds());
   const std::string lock = shm_path(fmt::format("/cowmgr.{}.lock", instance_));
   const UniqueFd held(::open(lock.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-  EXPECT_EQ(env_.remove_leftovers(), 1U);
+  EXPECT_EQ(env_.remove_leftovers().value(), 1U);
   EXPECT_THAT(names_of(instance_), ElementsAre(fmt::format("cowmgr.{}.lock", instance_)));
   EXPECT_THAT(names_of(instance_ + "x"), testing::SizeIs(1));
-  EXPECT_EQ(env_.remove_leftovers(), 0U);
+  EXPECT_EQ(env_.remove_leftovers().value(), 0U);
   neighbour.remove(*std::move(foreign));
   EXPECT_EQ(::unlink(lock.c_str()), 0);
 }
@@ -155,7 +155,7 @@ TEST_F(ShmEnvTest, TheProbeOfADaemonThatWasKilledIsInNobodysWay) {
   const ShmEnv next(instance_, test_lease_signal());
   EXPECT_EQ(next.has_leases(), env_.has_leases());
   EXPECT_THAT(names_of(instance_), testing::SizeIs(1));  // its own is gone
-  EXPECT_EQ(next.remove_leftovers(), 1U);
+  EXPECT_EQ(next.remove_leftovers().value(), 1U);
   EXPECT_THAT(names_of(instance_), IsEmpty());
 }
 
@@ -220,7 +220,7 @@ TEST_F(ShmEnvTest, HugePagesAreStillHadAfterTheMemoryWasFullOnce) {
       return usage ? usage->huge_bytes : 1;
     };
     const auto before = huge_bytes();
-    auto most = env_.create(2, 7 * kMib, header_, never_);
+    auto most = env_.create(2, 7 * kMib, header_, {}, never_);
     const std::string full = result_of(try_create(2 * kMib));  // there is room for a page, not for a huge one
     if (most) env_.remove(*std::move(most));
     return fmt::format("{}, {}", full,
@@ -299,7 +299,7 @@ TEST_F(SealTest, ADescriptorWithoutALeaseIsAsGoodAsBroken) {
   ASSERT_THAT(seal(), Optional(true));
   EXPECT_FALSE(ShmEnv::is_lease_broken(segment_.lease.get()));
   EXPECT_TRUE(ShmEnv::is_lease_broken(segment_.reader.get()));
-  env_.end_lease(segment_);
+  ShmEnv::end_lease(segment_.lease.get());
   EXPECT_TRUE(ShmEnv::is_lease_broken(segment_.lease.get()));
 }
 
@@ -477,7 +477,7 @@ TEST_F(SealTest, WhoOpensASealedSegmentForWritingIsToldOnAndWaits) {
   EXPECT_EQ(info.si_fd, segment_.lease.get());
   EXPECT_TRUE(ShmEnv::is_lease_broken(info.si_fd));
   EXPECT_EQ(opener.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
-  env_.end_lease(segment_);
+  ShmEnv::end_lease(segment_.lease.get());
   EXPECT_TRUE(opener.get());
 }
 

@@ -63,6 +63,17 @@ class Slots {
   }
   [[nodiscard]] const ResultLayout& layout() const noexcept { return memory_.layout(); }
 
+  // Another daemon takes over what lies in the memory.
+  [[nodiscard]] Result<void> restart(const SlotLimits& limits = {}, const Moment& now = kNow) {
+    table_ = SlotTable(memory_.data(), table_.size(), table_.backed_bytes(), limits);
+    return table_.adopt(now.tick);
+  }
+  // The bytes of a slot, to scribble on.
+  [[nodiscard]] SlotEntry& entry(SlotIndex slot) noexcept {
+    return reinterpret_cast<SlotEntry*>(memory_.data() + memory_.layout().slots_offset)[slot];
+  }
+  [[nodiscard]] ResultHeader& header() noexcept { return *reinterpret_cast<ResultHeader*>(memory_.data()); }
+
   // Leases the slot, which must be free.
   std::uint32_t lease(SessionId session, SlotIndex slot, const Moment& now = kNow) {
     const auto leased = table_.lease(session, slot, now);
@@ -108,7 +119,7 @@ TEST(SlotTable, OnlyTheHolderEndsALease) {
     EXPECT_THAT(table->commit_rows(session, slot, kNow.time), FailsWith(code));
     EXPECT_THAT(table->commit_value(session, slot, bytes_of("x"), kNow.time), FailsWith(code));
     EXPECT_THAT(table->commit_array(session, slot, 9, 9, kNow.time), FailsWith(code));
-    EXPECT_THAT(table->fail(session, slot, "x", kNow.time), FailsWith(code));
+    EXPECT_THAT(table->fail(session, slot, "x", false, kNow.time), FailsWith(code));
     EXPECT_THAT(table->give_back(session, slot, kNow.time), FailsWith(code));
   };
   for (const SlotIndex slot : {SlotIndex{0}, SlotIndex{1}}) expect_refused(kOther, slot, Errc::not_holder);
@@ -128,7 +139,7 @@ TEST(SlotTable, CommittedAndFailedAreFinal) {
   Slots table(2);
   ASSERT_TRUE(table->lease_any(kMe, kNow) && table->lease_any(kMe, kNow));
   EXPECT_THAT(table->commit_rows(kMe, 0, kNow.time), Succeeds());
-  EXPECT_THAT(table->fail(kMe, 1, "x", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 1, "x", false, kNow.time), Optional(true));
   EXPECT_TRUE(table->is_settled());
   for (const auto& [slot, code] :
        std::map<SlotIndex, Errc>{{0, Errc::already_committed}, {1, Errc::slot_failed}}) {
@@ -136,7 +147,7 @@ TEST(SlotTable, CommittedAndFailedAreFinal) {
     EXPECT_THAT(table->check_holder(kMe, slot), FailsWith(code));
     EXPECT_THAT(table->commit_rows(kMe, slot, kNow.time), FailsWith(code));
     EXPECT_THAT(table->commit_value(kMe, slot, {}, kNow.time), FailsWith(code));
-    EXPECT_THAT(table->fail(kMe, slot, "y", kNow.time), FailsWith(code));
+    EXPECT_THAT(table->fail(kMe, slot, "y", false, kNow.time), FailsWith(code));
     EXPECT_THAT(table->give_back(kMe, slot, kNow.time), FailsWith(code));
   }
   EXPECT_THAT(table->lose_all(kMe, "z", kNow.time).slots, IsEmpty());
@@ -162,7 +173,7 @@ TEST(SlotTable, ReadersSeeWhoHasASlotSinceWhen) {
   EXPECT_EQ(table.seen(1).since_us, 1'000'002'000);
   table.lease(kOther, 1, at(3));
   EXPECT_THAT(table->commit_rows(kOther, 1, at(4).time), Succeeds());
-  EXPECT_EQ(table.seen(1).holder, 0U);
+  EXPECT_EQ(table.seen(1).holder, kOther);
   EXPECT_EQ(table.seen(1).attempt, 2U);
   EXPECT_EQ(table.seen(1).since_us, 1'000'004'000);
   EXPECT_EQ(table.seen(0).attempt, 0U);
@@ -173,7 +184,7 @@ TEST(SlotTable, ReadersSeeWhatWasCommittedInTheOrderOfSettling) {
   for (SlotIndex slot = 0; slot < 5; ++slot) table.lease(kMe, slot);
   EXPECT_THAT(table->commit_value(kMe, 3, bytes_of("three"), kNow.time), Succeeds());
   EXPECT_THAT(table->commit_array(kMe, 1, 123, 456, kNow.time), Succeeds());
-  EXPECT_THAT(table->fail(kMe, 4, "why", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 4, "why", false, kNow.time), Optional(true));
   EXPECT_THAT(table->commit_rows(kMe, 2, kNow.time), Succeeds());
   EXPECT_THAT(table.order(), ElementsAre(3, 1, 4, 2));
   EXPECT_THAT(table->commit_value(kMe, 0, bytes_of("nil"), kNow.time), Succeeds());
@@ -227,11 +238,11 @@ TEST(SlotTable, ValuesTakeRoomUntilTheSegmentIsExtended) {
 TEST(SlotTable, AReasonThatHasNoRoomIsLeftOut) {
   Slots table(3, {}, 10);
   for (SlotIndex slot = 0; slot < 3; ++slot) table.lease(kMe, slot);
-  EXPECT_THAT(table->fail(kMe, 0, "eleven long", kNow.time), Optional(true));
-  EXPECT_THAT(table->fail(kMe, 1, "ten in all", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 0, "eleven long", false, kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 1, "ten in all", false, kNow.time), Optional(true));
   EXPECT_THAT(table->lose_all(kMe, "x", kNow.time).slots, ElementsAre(2));
   table.lease(kMe, 2);
-  EXPECT_THAT(table->fail(kMe, 2, "x", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 2, "x", false, kNow.time), Optional(true));
   EXPECT_EQ(table.text(0), "");
   EXPECT_EQ(table.text(1), "ten in all");
   EXPECT_EQ(table.text(2), "");
@@ -254,7 +265,7 @@ TEST(SlotTable, WithoutALimitAWorkersWordIsFinalAndALostLeaseNeverIs) {
     EXPECT_FALSE(table->lose_all(kMe, "x", kNow.time).first_failed);
   }
   table.lease(kMe, 1);
-  EXPECT_THAT(table->fail(kMe, 1, "why", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kMe, 1, "why", false, kNow.time), Optional(true));
   EXPECT_EQ(table.seen(0).state, SlotState::free);
   EXPECT_EQ(table.seen(1).state, SlotState::failed);
 }
@@ -263,24 +274,33 @@ TEST(SlotTable, AFailureLeavesTheSlotFreeUntilItsAttemptsAreUsedUp) {
   Slots table(1, {.attempts = 3});
   for (const std::uint32_t attempt : {1U, 2U}) {
     EXPECT_EQ(table.lease(kMe, 0), attempt);
-    EXPECT_THAT(table->fail(kMe, 0, "early", kNow.time), Optional(false));
+    EXPECT_THAT(table->fail(kMe, 0, "early", false, kNow.time), Optional(false));
     EXPECT_EQ(table.seen(0).state, SlotState::free);
     EXPECT_EQ(table->leases_of(kMe), 0U);
   }
   EXPECT_EQ(table->value_bytes(), 0U);
   EXPECT_EQ(table->lease_any(kOther, kNow)->attempt, 3U);
-  EXPECT_THAT(table->fail(kOther, 0, "last", kNow.time), Optional(true));
+  EXPECT_THAT(table->fail(kOther, 0, "last", false, kNow.time), Optional(true));
   EXPECT_EQ(table.seen(0).state, SlotState::failed);
   EXPECT_EQ(table.seen(0).attempt, 3U);
   EXPECT_EQ(table.text(0), "last");
   EXPECT_TRUE(table->is_settled());
 }
 
+TEST(SlotTable, AFailureThatNoAttemptMendsIsFinalAtOnce) {
+  Slots table(1, {.attempts = 3});
+  table.lease(kMe, 0);
+  EXPECT_THAT(table->fail(kMe, 0, "never", true, kNow.time), Optional(true));
+  EXPECT_EQ(table.seen(0).state, SlotState::failed);
+  EXPECT_EQ(table.seen(0).attempt, 1U);
+  EXPECT_EQ(table.text(0), "never");
+}
+
 TEST(SlotTable, ALostLeaseFailsTheSlotAtItsLastAttempt) {
   Slots table(4, {.attempts = 2});
   for (const SlotIndex slot : {SlotIndex{1}, SlotIndex{3}}) {
     table.lease(kMe, slot);
-    EXPECT_THAT(table->fail(kMe, slot, "early", kNow.time), Optional(false));
+    EXPECT_THAT(table->fail(kMe, slot, "early", false, kNow.time), Optional(false));
   }
   for (SlotIndex slot = 0; slot < 4; ++slot) table.lease(slot == 2 ? kOther : kMe, slot);
   const auto lost = table->lose_all(kMe, "killed", at(5).time);
@@ -352,7 +372,7 @@ TEST(SlotTable, ALeaseThatEndedOtherwiseHasNoDeadlineLeft) {
   for (SlotIndex slot = 0; slot < 5; ++slot) table.lease(slot == 4 ? kOther : kMe, slot);
   EXPECT_THAT(table->commit_rows(kMe, 0, kNow.time), Succeeds());
   EXPECT_THAT(table->commit_value(kMe, 1, {}, kNow.time), Succeeds());
-  EXPECT_THAT(table->fail(kMe, 2, "x", kNow.time), Succeeds());
+  EXPECT_THAT(table->fail(kMe, 2, "x", false, kNow.time), Succeeds());
   EXPECT_THAT(table->give_back(kMe, 3, kNow.time), Succeeds());
   EXPECT_TRUE(table->next_deadline());
   table->lose_all(kOther, "x", kNow.time);
@@ -384,6 +404,114 @@ TEST(SlotTable, WhoComesAfterTheDeadlineIsToldOfTheLimit) {
   EXPECT_THAT(table->commit_rows(kOther, 0, at(51).time), Succeeds());
   Slots endless(1);
   EXPECT_THAT(endless->commit_rows(kMe, 0, kNow.time).error().message, Not(HasSubstr("ms")));
+}
+
+// ---- Another daemon ----
+
+TEST(SlotTable, AnotherDaemonTakesOverWhatTheSlotsSay) {
+  Slots table(6);
+  for (const SlotIndex slot : {0U, 1U, 2U, 4U}) table.lease(kMe, slot);
+  EXPECT_THAT(table->commit_value(kMe, 2, bytes_of("two"), kNow.time), Succeeds());
+  EXPECT_THAT(table->fail(kMe, 1, "why", true, kNow.time), Succeeds());
+  EXPECT_THAT(table->give_back(kMe, 0, kNow.time), Succeeds());
+  ASSERT_THAT(table.restart(), Succeeds());
+  EXPECT_THAT(table->held_by(kMe), ElementsAre(4));
+  EXPECT_THAT(table->holders(), ElementsAre(kMe));
+  EXPECT_EQ(table->value_bytes(), 6U);
+  EXPECT_THAT(table->first_failed(), Optional(std::pair(SlotIndex{1}, std::string("why"))));
+  EXPECT_THAT(table.order(), ElementsAre(2, 1));
+  EXPECT_EQ(table->lease_any(kOther, kNow)->slot, 0U);
+  EXPECT_EQ(table->lease_any(kOther, kNow)->slot, 3U);
+  EXPECT_EQ(table->lease_any(kOther, kNow)->slot, 5U);
+  EXPECT_THAT(table->commit_value(kMe, 4, bytes_of("four"), kNow.time), Succeeds());
+  EXPECT_EQ(table.text(2), "two");
+  EXPECT_EQ(table.text(4), "four");
+}
+
+TEST(SlotTable, KnowsWhoseLeaseEndedWithItsCommit) {
+  Slots table(1);
+  table.lease(kMe, 0);
+  EXPECT_THAT(table->give_back(kMe, 0, kNow.time), Succeeds());
+  EXPECT_EQ(table.lease(kOther, 0), 2U);
+  EXPECT_FALSE(table->was_committed(0, 2));
+  EXPECT_THAT(table->commit_rows(kOther, 0, kNow.time), Succeeds());
+  ASSERT_THAT(table.restart(), Succeeds());
+  EXPECT_TRUE(table->was_committed(0, 2));
+  EXPECT_FALSE(table->was_committed(0, 1));
+  EXPECT_FALSE(table->was_committed(0, 0));
+  EXPECT_FALSE(table->was_committed(1, 2));
+}
+
+TEST(SlotTable, AnArrayThatIsWrittenForASlotIsKnownToTheNextDaemon) {
+  Slots table(2);
+  table.lease(kMe, 0);
+  table->note_array(0, 77);
+  ASSERT_THAT(table.restart(), Succeeds());
+  EXPECT_EQ(table->slot(0).content, SlotContent::array);
+  EXPECT_EQ(table->slot(0).place, 77U);
+  table->note_array(0, 0);
+  EXPECT_EQ(table->slot(0).content, SlotContent::none);
+  EXPECT_EQ(table->slot(0).state, SlotState::leased);
+  table->note_array(0, 78);
+  EXPECT_THAT(table->give_back(kMe, 0, kNow.time), Succeeds());
+  EXPECT_EQ(table->slot(0).content, SlotContent::none);
+}
+
+// What came back goes alone where attempts are limited, with every daemon, wherever in the set it is.
+TEST(SlotTable, ASlotThatCameBackIsKnownToTheNextDaemon) {
+  const SlotLimits limits{.attempts = 3};
+  Slots table(3, limits);
+  for (const SlotIndex slot : {0U, 1U}) table.lease(kMe, slot);
+  EXPECT_THAT(table->commit_rows(kMe, 0, kNow.time), Succeeds());
+  EXPECT_THAT(table->lose_all(kMe, "", kNow.time).slots, ElementsAre(1));
+  ASSERT_THAT(table.restart(limits), Succeeds());
+  EXPECT_TRUE(table->is_next_to_go_alone());
+  EXPECT_EQ(table->lease_any(kMe, kNow)->slot, 1U);
+  EXPECT_FALSE(table->is_next_to_go_alone());
+  EXPECT_EQ(table->lease_any(kMe, kNow)->slot, 2U);
+}
+
+// A daemon that died between the stores of a settled slot: the order is there or not, the count is not.
+TEST(SlotTable, ASlotThatWasSettledButNotCountedIsCounted) {
+  Slots table(4);
+  for (const SlotIndex slot : {0U, 1U, 2U}) table.lease(kMe, slot);
+  for (const SlotIndex slot : {2U, 0U, 1U}) EXPECT_THAT(table->commit_rows(kMe, slot, kNow.time), Succeeds());
+  table.header().settled = 2;
+  ASSERT_THAT(table.restart(), Succeeds());
+  EXPECT_THAT(table.order(), ElementsAre(2, 0, 1));
+  EXPECT_EQ(table->committed(), 3U);
+}
+
+TEST(SlotTable, DamagedSlotsAreNotTakenOver) {
+  const auto word = [](SlotState state, SlotContent content) {
+    return static_cast<std::uint64_t>(state) | static_cast<std::uint64_t>(content) << 8U |
+           std::uint64_t{1} << 32U;
+  };
+  const auto expect_damaged = [&](std::uint64_t bad, std::uint64_t place, std::uint64_t size_bytes) {
+    Slots table(3);
+    table.lease(kMe, 1);
+    table.entry(1).word = bad;
+    table.entry(1).place = place;
+    table.entry(1).size_bytes = size_bytes;
+    EXPECT_THAT(table.restart(), FailsWith(Errc::corrupted)) << std::hex << bad;
+  };
+  const std::uint64_t values = Slots(3).layout().values_offset;
+  const std::uint64_t end = Slots(3).layout().max_bytes;
+  const std::uint64_t value = word(SlotState::committed, SlotContent::value);
+  expect_damaged(4, values, 0);
+  expect_damaged(word(SlotState::free, SlotContent::value), values, 0);
+  expect_damaged(word(SlotState::leased, SlotContent::rows), values, 0);
+  expect_damaged(word(SlotState::committed, SlotContent::reason), values, 0);
+  expect_damaged(word(SlotState::failed, SlotContent::value), values, 0);
+  expect_damaged(word(SlotState::failed, SlotContent::none), values, 0);
+  expect_damaged(value, values - 1, 1);
+  expect_damaged(value, end + 1, 0);
+  expect_damaged(value, values, end - values + 1);
+  expect_damaged(value, values, UINT64_MAX);
+  Slots headless(1);
+  headless.lease(kMe, 0);
+  headless.entry(0).holder = 0;
+  EXPECT_THAT(headless.restart(), FailsWith(Errc::corrupted));
 }
 
 // ---- Against a plain model ----
@@ -434,7 +562,11 @@ struct PlainSlots {
   }
   void set_free(SlotIndex slot) { slots[slot] = {.attempt = slots[slot].attempt}; }
   void settle(SlotIndex slot, SlotState state, SlotContent content, const std::string& text) {
-    slots[slot] = {.state = state, .content = content, .attempt = slots[slot].attempt, .text = text};
+    slots[slot] = {.state = state,
+                   .content = content,
+                   .attempt = slots[slot].attempt,
+                   .holder = slots[slot].holder,
+                   .text = text};
     order.push_back(slot);
   }
   void lose(SlotIndex slot, bool is_for_good, const std::string& reason, SlotTable::Lost& lost) {
@@ -504,7 +636,7 @@ class SlotWalk : public testing::TestWithParam<unsigned> {
 
   void fail(SessionId session, SlotIndex slot) {
     const std::string reason = fmt::format("reason {}", pick(1000));
-    const auto failed = table_->fail(session, slot, reason, now().time);
+    const auto failed = table_->fail(session, slot, reason, false, now().time);
     if (!agrees(failed, session, slot)) return;
     const bool is_final = model_.limits.attempts == 0 || model_.has_used_all(slot);
     ASSERT_EQ(*failed, is_final);
@@ -530,6 +662,15 @@ class SlotWalk : public testing::TestWithParam<unsigned> {
     }
     expect_lost(table_->lose_all(session, "gone", now().time), expected);
     ASSERT_EQ(table_->leases_of(session), 0U);
+  }
+
+  // Leases begin anew with another daemon; all else is as it was.
+  void restart() {
+    ASSERT_THAT(table_.restart(limits(), now()), Succeeds());
+    for (auto& slot : model_.slots) {
+      if (slot.state == SlotState::leased && model_.limits.lease.count() > 0)
+        slot.end = now().tick + model_.limits.lease;
+    }
   }
 
   // Goes on to a time that may be a deadline, or just before one.
@@ -572,8 +713,10 @@ class SlotWalk : public testing::TestWithParam<unsigned> {
       hold(session, slot);
     else if (what < 85)
       give_back(session, slot);
-    else if (what < 95)
+    else if (what < 92)
       pass_time();
+    else if (what < 95)
+      restart();
     else
       end_session(session);
   }

@@ -30,12 +30,11 @@ TEST_F(StoreForResults, AnArrayCanBeMadeForAnotherOwner) {
   EXPECT_EQ(attach(kAlice, "x"), *id);
 }
 
-TEST_F(StoreForResults, ADetachedArrayStaysWhenItsMakerGoesAndTheHouseSealsIt) {
-  auto wanted = request("x");
-  wanted.is_detached = true;
-  const auto id = store_->reserve(kAlice, wanted, tick());
+TEST_F(StoreForResults, AnArrayOfTheHouseStaysWhenItsMakerGoesAndTheHouseSealsIt) {
+  const auto id = store_->reserve(kAlice, request("x"), tick());
   ASSERT_THAT(id, Succeeds());
   EXPECT_THAT(store_->back(*id, make_segment(*id)), Succeeds());
+  store_->hand_to_house(*id);
   EXPECT_EQ(record(*id).writer_pid, 11);
   EXPECT_EQ(record(*id).owner.uid, kAliceUid);
   EXPECT_EQ(store_->use_of(kAlice).writing, 0U);

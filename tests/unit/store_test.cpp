@@ -71,7 +71,7 @@ TEST_F(StoreTest, AReplacedVersionDrainsUntilItsLastViewGoes) {
   EXPECT_EQ(attach(kAlice2, "x"), old);  // until the seal
   seal(kAlice, fresh);
   EXPECT_EQ(record(old).state, State::draining);
-  EXPECT_FALSE(has_name(old));
+  EXPECT_TRUE(has_name(old)) << "the next daemon must find what is viewed";
   EXPECT_EQ(attach(kAlice2, "x"), fresh);
   release(kAlice2, old);
   EXPECT_TRUE(exists(old));
@@ -270,7 +270,7 @@ TEST_F(StoreTest, EvictTakesTheNameNowAndTheMemoryWithTheLastView) {
   EXPECT_THAT(evicted->names, ElementsAre("x"));
   EXPECT_EQ(evicted->freed_bytes, 0U);
   EXPECT_THAT(try_attach(kAlice, {"x"}), FailsWith(Errc::not_found));
-  EXPECT_FALSE(has_name(id));
+  EXPECT_TRUE(has_name(id)) << "that of its file stays while it is viewed";
   EXPECT_EQ(store_->take_garbage().size(), 0U);
   const ArrayId again = put(kAlice, "x");
   EXPECT_EQ(record(again).version, 2U);

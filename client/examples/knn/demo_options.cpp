@@ -48,7 +48,13 @@ void declare(CLI::App& app, DemoOptions& options) {
   app.add_option("--json", options.json_file, "Write the report as JSON, sizes in bytes")->type_name("FILE");
   app.add_option("--predictions", options.predictions_file, "Write the predicted labels, as numpy.save does")
       ->type_name("FILE");
-  app.add_flag("--keep", options.keep, "Leave the daemon running, with its arrays");
+  auto* keep = app.add_flag("--keep", options.keep, "Leave the daemon running, with its arrays");
+  app.add_option(
+         "--socket", options.socket,
+         "Use the daemon that serves there, and take our arrays away at the end; it may be killed and "
+         "started again meanwhile. Default: a daemon of our own")
+      ->excludes(keep)
+      ->type_name("PATH");
   app.footer(kFooter);
 }
 

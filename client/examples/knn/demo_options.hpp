@@ -16,7 +16,8 @@ struct DemoOptions {
   std::string data = "/usr/share/datasets/fashion-mnist";
   std::string json_file;         // empty: none
   std::string predictions_file;  // empty: none
-  bool keep = false;             // leave the daemon running
+  std::string socket;            // of the daemon to use; empty: start one
+  bool keep = false;             // leave the daemon running that was started
 };
 
 // The command line is answered without a run: help, or what is wrong with it.

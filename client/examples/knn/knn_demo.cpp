@@ -1,7 +1,8 @@
 // knn-demo: classifies Fashion-MNIST with worker processes that share one copy of the data.
 //
-// Starts a daemon of its own, puts the data, starts the workers, waits for their common result, and tells
-// what all that took. Whatever it started ends with it, unless --keep says otherwise for the daemon.
+// Starts a daemon of its own, or uses one that is there, puts the data, starts the workers, waits for their
+// common result, and tells what all that took. Whatever it started ends with it, unless --keep says otherwise
+// for the daemon.
 
 #include <algorithm>
 #include <cerrno>
@@ -96,12 +97,34 @@ Result<FashionMnist> load(const DemoOptions& options) {
   return data;
 }
 
+// Arrays that are evicted when this object goes, if they were added.
+class Belongings {
+ public:
+  explicit Belongings(Client client) : client_(std::move(client)) {}
+  Belongings(const Belongings&) = delete;
+  Belongings& operator=(const Belongings&) = delete;
+  ~Belongings() {
+    if (!names_.empty()) (void)client_.evict(names_);
+  }
+  void add(const char* name) { names_.emplace_back(name); }
+
+ private:
+  Client client_;
+  std::vector<std::string> names_;
+};
+
 // What the workers read.
-Result<void> put_inputs(const Client& client, const FashionMnist& data) {
+Result<void> put_inputs(const Client& client, const FashionMnist& data, Belongings* ours) {
+  const auto add = [&](const char* name) {
+    if (ours != nullptr) ours->add(name);
+  };
   if (auto ok = put_images(client, kTrainImages, data.train); !ok) return ok;
+  add(kTrainImages);
   if (auto ok = put_images(client, kTestImages, data.test); !ok) return ok;
+  add(kTestImages);
   const auto labels = client.put<std::uint8_t>(kTrainLabels, data.train.labels, {data.train.rows()});
   if (!labels) return error_of(labels);
+  add(kTrainLabels);
   return {};
 }
 
@@ -153,24 +176,43 @@ class Demo {
     auto data = load(options_);
     if (!data) return error_of(data);
     if (auto ok = interrupts_.check(); !ok) return ok;
+    if (!options_.socket.empty()) return use_daemon_of_others(*data);
     auto daemon = OwnDaemon::start(options_.keep, interrupts_);
     if (!daemon) return error_of(daemon);
-    if (auto ok = classify(**daemon, *data); !ok) return ok;
-    return conclude(**daemon);
+    // The daemon is our own: when it goes, none comes back.
+    const auto client = connect((*daemon)->socket(), Milliseconds(0));
+    if (!client) return error_of(client);
+    if (auto ok = classify(*client, *data, nullptr); !ok) return ok;
+    const KeptDaemon kept{(*daemon)->socket(), (*daemon)->log(), shortest(path_of_sibling("cowctl"))};
+    if (auto ok = conclude(options_.keep ? &kept : nullptr); !ok) return ok;
+    if (options_.keep) (*daemon)->keep();
+    return {};
   }
 
  private:
-  // Fills report_, but for the sentences about it.
-  Result<void> classify(const OwnDaemon& daemon, FashionMnist& data) {
-    const auto client = Client::connect({.socket = daemon.socket(), .command = "knn-demo"});
+  [[nodiscard]] static Result<Client> connect(const std::string& socket, Milliseconds reconnect) {
+    return Client::connect({.socket = socket, .command = "knn-demo", .reconnect = reconnect});
+  }
+
+  Result<void> use_daemon_of_others(FashionMnist& data) {
+    const auto client = connect(options_.socket, ConnectOptions().reconnect);
     if (!client) return error_of(client);
-    if (auto ok = put_inputs(*client, data); !ok) return ok;
+    Belongings ours(*client);
+    if (auto ok = classify(*client, data, &ours); !ok) return ok;
+    ours.add(kPredictions);
+    return conclude(nullptr);
+  }
+
+  // Fills report_, but for the sentences about it. Adds the arrays that it puts to `ours`, unless
+  // they go with the daemon.
+  Result<void> classify(const Client& client, FashionMnist& data, Belongings* ours) {
+    if (auto ok = put_inputs(client, data, ours); !ok) return ok;
     if (auto ok = interrupts_.check(); !ok) return ok;
     describe(data);
     if (auto ok = announce(data); !ok) return ok;
     const std::vector<std::uint8_t> labels = std::move(data.test.labels);
     data = {};  // as arrays it is in memory once already
-    return run_workers(*client, labels);
+    return run_workers(client, labels);
   }
 
   void describe(const FashionMnist& data) {
@@ -218,13 +260,9 @@ class Demo {
     return write_outputs(outputs_, report_, predictions);
   }
 
-  Result<void> conclude(OwnDaemon& daemon) const {
+  [[nodiscard]] Result<void> conclude(const KeptDaemon* kept) const {
     const cli::Style style = cli::Style::of(stdout);
-    const KeptDaemon kept{daemon.socket(), daemon.log(), shortest(path_of_sibling("cowctl"))};
-    const std::string words = closing_words(report_, options_.keep ? &kept : nullptr, style);
-    if (auto ok = print(fmt::format("\n{}\n{}", to_text(report_, style), words)); !ok) return ok;
-    if (options_.keep) daemon.keep();
-    return {};
+    return print(fmt::format("\n{}\n{}", to_text(report_, style), closing_words(report_, kept, style)));
   }
 
   const DemoOptions& options_;

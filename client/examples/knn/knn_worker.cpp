@@ -2,9 +2,11 @@
 //
 // All that it knows comes from the daemon at COWMGR_SOCKET. The arrays are mapped, not copied: every worker
 // reads the same memory. The answers are written where they will be read. Nothing has to be told to the other
-// workers, and nothing is lost if this process is killed: its slot goes to another one.
+// workers, and nothing is lost if this process is killed: its slot goes to another one. Nor is it if the
+// daemon is.
 
 #include <charconv>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <span>
@@ -84,7 +86,8 @@ void wait_for_end_of_input() {
 }
 
 Result<void> work(std::size_t k) {
-  const auto client = Client::connect();
+  // And, when the daemon goes, to the next one; also if it goes just now.
+  const auto client = Client::connect({.wait = std::chrono::seconds(5)});
   if (!client) return error_of(client);
   const auto job = attach_job(*client);
   if (!job) return error_of(job);

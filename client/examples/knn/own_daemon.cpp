@@ -91,8 +91,14 @@ Result<void> OwnDaemon::launch(bool may_outlive) {
   if (!notify) return error_of(notify);
   notify_ = *std::move(notify);
   ChildOptions options;
-  options.arguments = {
-      path_of_sibling("cowmgr"), "--socket", socket(), "--instance", instance_, "--log-level", "warning"};
+  options.arguments = {path_of_sibling("cowmgr"),
+                       "--socket",
+                       socket(),
+                       "--instance",
+                       instance_,
+                       "--log-level",
+                       "warning",
+                       "--purge"};
   options.environment = {"NOTIFY_SOCKET=" + notify_socket()};
   options.own_session = true;  // Ctrl-C is for us: the daemon must not go before those who use it
   return may_outlive ? spawn_independent(std::move(options)) : spawn_dependent(std::move(options));

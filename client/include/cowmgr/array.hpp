@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -47,9 +48,16 @@ class Array {
 
   [[nodiscard]] const std::string& name() const noexcept;
   [[nodiscard]] std::uint64_t version() const noexcept;
+  // Unique within the instance, and never used again: of this version, whatever becomes of the name.
+  [[nodiscard]] std::uint64_t id() const noexcept;
   [[nodiscard]] const ArraySpec& spec() const noexcept;
   [[nodiscard]] const Dtype& dtype() const noexcept { return spec().dtype; }
   [[nodiscard]] const Shape& shape() const noexcept { return spec().shape; }
+
+  // Reads all of the data, and compares it with the checksum that was taken when it was sealed. `show` is
+  // called now and then with the number of bytes that are done. Blocks: a second or so for 8 GiB. Errors:
+  // corrupted; unsupported when no checksum was asked for.
+  [[nodiscard]] Result<void> verify(const std::function<void(std::uint64_t)>& show = {}) const;
 
   // The data, in the order that spec() says; starts at a multiple of 4096 bytes. Empty arrays have an empty
   // span. Valid while this object lives.

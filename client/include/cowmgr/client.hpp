@@ -1,7 +1,7 @@
 // The client: a connection to a cowmgr daemon.
 //
-//   auto client = cowmgr::Client::connect();                          // where is the daemon? see
-//   ConnectOptions auto array = client->attach("train");                             // maps, never copies
+//   auto client = cowmgr::Client::connect();     // where is the daemon? see ConnectOptions
+//   auto array = client->attach("train");        // maps, never copies
 //   std::span<const float> pixels = *array->as<float>();
 //
 // Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library.
@@ -28,9 +28,12 @@ class Connection;
 struct ConnectOptions {
   // Path of the daemon's socket. Empty: $COWMGR_SOCKET, else $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock if it
   // exists, else /run/cowmgr/cowmgr.sock.
-  std::string socket;
+  std::string socket{};
   // What `cowctl clients` shows. Empty: the name of this program.
-  std::string command;
+  std::string command{};
+  // How long a call tries to find the daemon again when it went away. 0: not at all.
+  Milliseconds reconnect = std::chrono::seconds(30);
+  Milliseconds wait{0};  // how long to wait for a daemon that is not there yet. Default: not at all
 };
 
 struct CreateOptions {
@@ -38,6 +41,9 @@ struct CreateOptions {
   bool evictable = false;  // may go, least recently used first, when room is needed. Default: stays
   std::uint32_t mode =
       0600;  // permission bits; read: may attach, write: may replace, evict, pin, lease slots
+  // The seal computes a checksum of the data, at the speed of memory: Array::verify() and `cowctl verify`
+  // check it, and so does a daemon that takes the array over from an earlier one, in the background.
+  bool checksum = false;
 };
 
 struct ResultsOptions {
@@ -48,6 +54,8 @@ struct ResultsOptions {
                                // again for ever, and what a worker fails has failed
   Milliseconds lease{0};       // a worker that takes longer for a slot loses it. Default: no limit
   bool is_detached = false;    // the set outlives the client that made it. Default: it goes with it
+  std::string queue{};         // workers of the same user find the set with Client::open_queued() too
+  std::span<const std::byte> job{};  // what they must know, up to kMaxJobBytes; read it with ResultSet::job()
 };
 
 struct AttachOptions {
@@ -60,12 +68,17 @@ struct AttachOptions {
 // channel of its own. In a forked child the handle opens a session of its own at its first use; writers and
 // slots of the parent answer wrong_process there.
 //
+// When the daemon goes away, every call reconnects to the next one of the instance, with pauses that grow,
+// says what this process views, writes and has leased, and goes on; readers do not notice. A request that was
+// under way is sent again, and is not carried out twice. Only evict_lru() and shutdown() answer
+// `disconnected`, and may have been carried out or not.
+//
 // Every call may fail with no_daemon, disconnected, protocol_error or out_of_memory; only what is special
 // stands beside a call.
 class Client {
  public:
-  // Connects, and introduces this process. Blocks for one round trip. Errors: no_daemon, with how to start
-  // one; protocol_mismatch.
+  // Connects, and introduces this process. Blocks for one round trip, and for the wait. Errors: no_daemon,
+  // with how to start one; protocol_mismatch.
   [[nodiscard]] static Result<Client> connect(const ConnectOptions& options = {});
 
   // Makes room for an array that the caller then fills and seals. Blocks while the memory is being backed,
@@ -90,6 +103,10 @@ class Client {
   // Views of all `names` (at most 64), or none, in one round trip.
   [[nodiscard]] Result<std::vector<Array>> attach(std::span<const std::string> names,
                                                   const AttachOptions& options = {}) const;
+
+  // A view of the version with this id, though its name may be gone or another's by now. Errors: not_found
+  // when nobody has a view of it any more, permission_denied, tampered.
+  [[nodiscard]] Result<Array> attach_id(std::uint64_t id, View view = View::shared) const;
 
   // Takes the names that match any pattern (fnmatch(3) globs; at most 64) away now, their memory with the
   // last view. All or none; a glob passes over what is pinned. Errors: not_found when a pattern matches
@@ -125,11 +142,15 @@ class Client {
   // The result set `name`; waits up to `wait` until it is there. Errors: not_found, permission_denied.
   [[nodiscard]] Result<ResultSet> open_results(std::string_view name,
                                                Milliseconds wait = Milliseconds{0}) const;
+  // The oldest result set of the queue that has a free slot; waits up to `wait` until there is one. Sees only
+  // sets that this process's user made. Errors: timed_out.
+  [[nodiscard]] Result<ResultSet> open_queued(std::string_view queue, Milliseconds wait = kForever) const;
   [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view pattern = "*") const;
 
   [[nodiscard]] Result<DaemonInfo> ping() const;
-  // Asks the daemon to stop. Errors: permission_denied unless the caller is its user, or root.
-  [[nodiscard]] Result<void> shutdown() const;
+  // Asks the daemon to stop. Its arrays stay for the next daemon of the instance, unless `purge`. Errors:
+  // permission_denied unless the caller is its user, or root.
+  [[nodiscard]] Result<void> shutdown(bool purge = false) const;
 
   // Where the daemon listens: hand it to workers, as COWMGR_SOCKET.
   [[nodiscard]] const std::string& socket() const noexcept;

@@ -5,4 +5,5 @@
 #include "cowmgr/client.hpp"    // IWYU pragma: export
 #include "cowmgr/embedded.hpp"  // IWYU pragma: export
 #include "cowmgr/info.hpp"      // IWYU pragma: export
+#include "cowmgr/pool.hpp"      // IWYU pragma: export
 #include "cowmgr/results.hpp"   // IWYU pragma: export

@@ -31,7 +31,7 @@ class EmbeddedDaemon {
   ~EmbeddedDaemon();
 
   [[nodiscard]] Result<Client> connect() const {
-    return Client::connect({.socket = socket(), .command = {}});
+    return Client::connect({.socket = socket(), .command = {}, .reconnect = Milliseconds(0)});
   }
   // Where it listens: hand it to workers, as COWMGR_SOCKET.
   [[nodiscard]] const std::string& socket() const noexcept;

@@ -22,7 +22,9 @@ enum class ArrayState : std::uint8_t {
   writing,   // its writer fills it; nobody else sees it
   sealed,    // immutable, served under its name
   draining,  // evicted or replaced; the memory goes with its last view
-  tampered,  // somebody opened the sealed segment for writing; no longer served
+  tampered,  // somebody opened the sealed segment for writing, or its data changed; no longer served
+  unlinked,  // sealed and served, but somebody removed its file: it ends with the daemon unless that can
+             // write a new one
 };
 
 // What stands behind "immutable".
@@ -51,7 +53,8 @@ struct ArrayInfo {
   SystemTime created;
   SystemTime sealed;  // the epoch while writing
   SystemTime last_used;
-  pid_t writer_pid = 0;  // while writing
+  pid_t writer_pid = 0;        // while writing
+  std::uint64_t checksum = 0;  // of the data, XXH3 with 64 bits; 0: none was asked for
 };
 
 enum class ResultsState : std::uint8_t {
@@ -85,6 +88,7 @@ struct ResultsInfo {
   bool is_detached = false;       // outlives its maker
   std::uint64_t value_bytes = 0;  // of values and reasons, in the set's own segment
   std::string segment{};          // the set's own, as shm_open(3) takes it
+  std::string queue{};            // empty: workers find it by its name alone
 };
 
 struct ClientInfo {

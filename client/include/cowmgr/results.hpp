@@ -27,6 +27,9 @@ class ResultSetImpl;
 class SlotImpl;
 }  // namespace detail
 
+// Whether a slot that failed may be tried again, where its set allows more attempts.
+enum class Retry : std::uint8_t { allowed, never };
+
 // One leased slot, which this process alone may fill. Move-only. Destroying a slot that was neither committed
 // nor failed gives it back: another worker gets it, attempt + 1. The death of the process does the same, and
 // so does the end of the lease, if the set has one. A slot is used by one thread at a time; several slots of
@@ -75,8 +78,9 @@ class Slot {
   // Empty when no slot is left to do.
   [[nodiscard]] Result<std::optional<Slot>> commit_and_lease(Milliseconds wait = kForever);
 
-  // Gives the slot up, with the reason: for good, unless the set allows more attempts. The slot is spent.
-  [[nodiscard]] Result<void> fail(std::string_view message);
+  // Gives the slot up, with the reason (of which 4 KiB count): for good, unless the set allows more attempts
+  // and another one may help. The slot is spent.
+  [[nodiscard]] Result<void> fail(std::string_view message, Retry retry = Retry::allowed);
 
  private:
   friend class ResultSet;
@@ -103,6 +107,10 @@ struct WorkOptions {
   // Slots in one lease, and in one commit. 0: the library chooses: few when a slot takes long or few are
   // left, so that no worker sits on what others could do; up to 64.
   std::uint32_t batch = 0;
+  // Whether a slot whose task failed may be tried again, where the set allows more attempts.
+  Retry retry = Retry::allowed;
+  // How long to wait for slots that others hold, and may give back.
+  Milliseconds wait = kForever;
 };
 
 // A handle to a result set. Copies are handles to the same set. Thread-safe. A forked child may go on using
@@ -113,6 +121,8 @@ class ResultSet {
   [[nodiscard]] bool is_ragged() const noexcept;
   [[nodiscard]] const ArraySpec& spec() const noexcept;  // of a dense set
   [[nodiscard]] std::uint64_t slots() const noexcept;
+  // What the maker of the set says to its workers. Valid while this handle or a copy of it lives.
+  [[nodiscard]] std::span<const std::byte> job() const noexcept;
 
   // ---- For workers ----
 
@@ -127,9 +137,9 @@ class ResultSet {
   [[nodiscard]] Result<Slot> lease_slot(std::uint64_t index);
 
   // Calls `task` for slot after slot, in this thread, until none is left, and commits them in batches. A task
-  // that returns an error, or throws a std::exception, fails its slot with that message. Returns how many
-  // were committed. A slot whose lease ended meanwhile is passed over: somebody else has it. Errors: as
-  // lease().
+  // that returns an error, or throws, fails its slot with that message. Returns how many were committed. A
+  // slot whose lease ended meanwhile is passed over: somebody else has it. Errors: as lease(), but for
+  // timed_out.
   using Task = std::function<Result<void>(Slot&)>;
   [[nodiscard]] Result<std::uint64_t> work(const Task& task, const WorkOptions& options = {});
 
@@ -170,6 +180,8 @@ class ResultSet {
   // already is forgotten, with what its slots hold; the array of a dense set that is done stays. Errors:
   // permission_denied, not_found.
   [[nodiscard]] Result<void> cancel() const;
+  // The same, and forgets it at once: whoever still asks for it is told not_found.
+  [[nodiscard]] Result<void> forget() const;
 
  private:
   friend class Client;

@@ -1,8 +1,10 @@
-#include "daemon/lock_file.hpp"
+#include "proto/lock_file.hpp"
 
 #include <array>
 #include <cerrno>
 #include <fcntl.h>
+#include <fstream>
+#include <sstream>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -44,6 +46,25 @@ Result<LockFile> LockFile::acquire(std::string path) {
     }
     return LockFile(std::move(path), std::move(fd));
   }
+}
+
+// "3: FLOCK  ADVISORY  WRITE 1234 00:17:5678 0 EOF": the process, then the file by device and inode.
+std::optional<pid_t> LockFile::holder_of(const std::string& path) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0) return std::nullopt;
+  std::ifstream locks("/proc/locks");
+  for (std::string line; std::getline(locks, line);) {
+    std::istringstream fields(line);
+    std::string number;
+    std::string kind;
+    std::string manner;
+    std::string access;
+    std::string file;
+    pid_t pid = 0;
+    if (!(fields >> number >> kind >> manner >> access >> pid >> file) || kind != "FLOCK") continue;
+    if (file.ends_with(fmt::format(":{}", info.st_ino))) return pid;
+  }
+  return std::nullopt;
 }
 
 LockFile::~LockFile() {

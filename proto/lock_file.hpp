@@ -1,7 +1,9 @@
 // One holder per path: how a daemon makes sure that it is the only one of its instance, and at its socket.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <sys/types.h>
 
 #include "proto/errors.hpp"
 #include "proto/unique_fd.hpp"
@@ -14,6 +16,10 @@ class LockFile {
  public:
   // Takes the lock, or refuses at once. Errors: busy with the holder's pid, permission_denied.
   [[nodiscard]] static Result<LockFile> acquire(std::string path);
+
+  // The process that holds the lock, if one does, as /proc/locks tells (proc(5)). Touches no lock: a daemon
+  // that starts at this moment is not disturbed.
+  [[nodiscard]] static std::optional<pid_t> holder_of(const std::string& path);
 
   LockFile(LockFile&&) noexcept = default;
   LockFile& operator=(LockFile&&) = delete;  // would have to give up a lock first

@@ -1,0 +1,276 @@
+// Worker processes that map a function over the rows of an array, or over sets of arguments.
+//
+//   auto pool = cowmgr::Pool::start(client);            // as many workers as processors, less one
+//   auto doubled = pool->map(input, +[](std::span<const double> x, std::span<double> out) { ... });
+//   auto sums = pool->map(input, +[](std::span<const double> x) { return std::accumulate(...); });
+//   auto power = pool->apply(+[](double base, int exponent) { return std::pow(base, exponent); }, 2.0, 10);
+//
+// A task is a plain function, or a lambda without captures: what it needs besides its chunk are arguments,
+// since a worker is another process. It may return a value, Result<...>, or nothing; an error that it
+// returns, or an exception that it throws, fails its slot, and the others go on.
+//
+//   first parameter    std::span<const T> or const Chunk<T>&: map() calls it with the rows of each chunk
+//                      anything else: apply() and starmap() call it with arguments alone
+//   next parameter     std::span<U>: the rows of the output, to be filled in place; the results are one array
+//                      Slot&: it fills its slot itself, with an array of the size that it now knows
+//                      else: the returned value is the slot's result
+//   all others         arguments: what cereal serialises, and const Array&, which is mapped and never copied
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <sys/types.h>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cowmgr/client.hpp"
+#include "cowmgr/pool_task.hpp"
+
+namespace cowmgr {
+
+struct PoolOptions {
+  std::uint32_t workers =
+      0;  // processes. 0: as many as processors that this one may use, less one, at least one
+  std::uint32_t attempts = 3;  // a slot whose worker died so often has failed; 0: no limit
+  Milliseconds lease{0};       // a worker that takes longer for a slot loses it. Default: no limit
+  // Workers run this program, which calls serve_pool(), with `arguments`. Empty: they are forks of this one.
+  std::string program{};
+  std::vector<std::string> arguments{};
+};
+
+struct MapOptions {
+  std::uint64_t chunks = 0;  // rows are split as numpy.array_split does. 0: four for each worker
+  std::optional<Shape>
+      row_shape{};     // of the output array: {} for one item a row. Default: as the input's rows
+  std::string name{};  // the output array stays under this name. Empty: it goes with its last view
+};
+
+namespace detail {
+class PoolImpl;
+class JobImpl;
+
+// A job as the pool's core takes it, whatever the types.
+struct JobRequest {
+  TaskCode task;
+  const Array* input = nullptr;  // whose rows are split; or none
+  std::uint64_t slots = 1;
+  std::optional<ArraySpec> output{};     // of a dense job
+  std::vector<std::string> arguments{};  // packed: one for all slots, or one for each
+  std::string name{};                    // of the output array
+};
+
+// What both kinds of jobs can do. A handle; copies are handles to the same job.
+class JobHandle {
+ public:
+  // How many slots: chunks of map(), or argument sets.
+  [[nodiscard]] std::uint64_t size() const noexcept;
+  // State and counts now.
+  [[nodiscard]] Result<ResultsInfo> info() const;
+  // Waits until every slot is settled; `progress` as ResultSet::wait_settled(). Errors: timed_out;
+  // slot_failed with the first slot that failed, and why; cancelled; no_workers when the pool has ended.
+  [[nodiscard]] Result<void> wait(Milliseconds wait = kForever,
+                                  const ResultSet::OnProgress& progress = {}) const;
+  // Slots that have failed so far, with the message of the exception or how the worker died, in order.
+  [[nodiscard]] std::vector<SlotInfo> failures() const;
+  // Takes the job back: its workers learn it when they end their slots. What it held is freed.
+  [[nodiscard]] Result<void> cancel() const;
+  // The slots themselves; see ResultSet for what can be read in place.
+  [[nodiscard]] const ResultSet& results() const noexcept;
+
+ protected:
+  explicit JobHandle(std::shared_ptr<JobImpl> impl) noexcept : impl_(std::move(impl)) {}
+  [[nodiscard]] Result<SlotInfo> wait_slot(std::uint64_t index, Milliseconds wait) const;
+  [[nodiscard]] Result<std::optional<std::uint64_t>> settled_at(std::uint64_t rank, Milliseconds wait) const;
+
+  std::shared_ptr<JobImpl> impl_;
+};
+
+[[nodiscard]] Result<std::shared_ptr<JobImpl>> submit(const std::shared_ptr<PoolImpl>& pool,
+                                                      const JobRequest& request);
+}  // namespace detail
+
+// A job whose results are gathered in place into one array. When the last handle goes, a job that runs is
+// cancelled.
+class DenseJob : public detail::JobHandle {
+ public:
+  // Waits as wait() does, and returns the array, its rows in the order of the input's.
+  [[nodiscard]] Result<Array> get(Milliseconds wait = kForever,
+                                  const ResultSet::OnProgress& progress = {}) const;
+
+ private:
+  friend class Pool;
+  using JobHandle::JobHandle;
+};
+
+// A job with a result of type R in each slot: what the task returned, or, of one that fills its slot, an
+// Array. When the last handle goes, a job that runs is cancelled, and its results are freed.
+template <class R>
+class Job : public detail::JobHandle {
+ public:
+  // All results, in order: std::vector<R>, or nothing for tasks that return nothing. Errors: as wait().
+  [[nodiscard]] Result<detail::AllOf<R>> get(Milliseconds wait = kForever) const {
+    if (auto ok = this->wait(wait); !ok) return error_of(std::move(ok));
+    return detail::read_all<R>(results());
+  }
+
+  // The result of one slot; waits until it is there. Errors: as wait(), of this slot alone.
+  [[nodiscard]] Result<R> get_one(std::uint64_t index, Milliseconds wait = kForever) const {
+    if (auto slot = wait_slot(index, wait); !slot) return error_of(std::move(slot));
+    return detail::read_result<R>(results(), index);
+  }
+
+  struct Completed {
+    std::uint64_t index = 0;
+    Result<R> result;
+  };
+  // The slot that completed as the `rank`th, from 0, and what became of it; waits until it is there. Empty
+  // when `rank` is size(), or the job was cancelled before.
+  [[nodiscard]] Result<std::optional<Completed>> completed(std::uint64_t rank,
+                                                           Milliseconds wait = kForever) const {
+    const auto index = settled_at(rank, wait);
+    if (!index) return error_of(index);
+    if (!*index) return std::optional<Completed>();
+    return Completed{**index, detail::read_result<R>(results(), **index)};
+  }
+
+ private:
+  friend class Pool;
+  using JobHandle::JobHandle;
+};
+
+// A process that watches, and the workers that it starts, and starts again when they die. They end with this
+// object, or when the process that started them ends, however it ends. Move-only; all calls are thread-safe.
+//
+// The workers are forked in start(): what the program sets up later, they do not see. Start the pool early,
+// as fork(2) asks of programs with threads. Ctrl-C does not reach them: what the program makes of it counts.
+// Their standard input is empty.
+class Pool {
+ public:
+  // Starts the workers, which connect to the daemon of `client`. Errors: not_found for a program that is not
+  // there, os_failure.
+  [[nodiscard]] static Result<Pool> start(const Client& client, const PoolOptions& options = {});
+
+  Pool(Pool&&) noexcept;
+  Pool& operator=(Pool&&) noexcept;
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  ~Pool();
+
+  // Process ids now. One of a worker that is being started again is left out.
+  [[nodiscard]] std::vector<pid_t> workers() const;
+  // How many workers were started in the place of others.
+  [[nodiscard]] std::uint64_t restarts() const noexcept;
+
+  // Calls `task` with the rows of each chunk of `input`, and waits for all. Returns an Array for tasks that
+  // fill rows of the output, else std::vector<R>. Errors: as Job::get(); invalid_dtype when the input holds
+  // other items than the task takes; invalid_shape without a first axis; and as Client::create_results().
+  template <class F, class... Args>
+  [[nodiscard]] auto map(const Array& input, const F& task, const MapOptions& options,
+                         const Args&... args) const {
+    auto job = map_async(input, task, options, args...);
+    if (!job) return decltype(job->get())(error_of(std::move(job)));
+    return job->get();
+  }
+  template <class F>
+  [[nodiscard]] auto map(const Array& input, const F& task) const {
+    return map(input, task, MapOptions());
+  }
+
+  // The same, without waiting: a Result<DenseJob> or Result<Job<R>>. Read it as imap does, in order with
+  // get_one(), or as slots complete with completed().
+  template <class F, class... Args>
+  [[nodiscard]] auto map_async(const Array& input, const F& task, const MapOptions& options,
+                               const Args&... args) const {
+    using Task = typename detail::TaskOf<F>::Type;
+    static_assert(Task::kMaps, "map() wants a task whose first parameter is std::span<const T> or Chunk<T>");
+    using Handle = HandleOf<Task>;
+    auto request = map_request(input, Dtype::of<typename Task::template At<0>::Item>(), options);
+    if (!request) return Result<Handle>(error_of(std::move(request)));
+    request->task = detail::TaskOf<F>::code(task);
+    if constexpr (Task::kIsDense) {
+      if (auto ok = add_output(*request, Dtype::of<typename Task::template At<1>::Item>(), options); !ok)
+        return Result<Handle>(error_of(std::move(ok)));
+    }
+    request->arguments.push_back(Task::pack(args...));
+    return submit<Handle>(*request);
+  }
+  template <class F>
+  [[nodiscard]] auto map_async(const Array& input, const F& task) const {
+    return map_async(input, task, MapOptions());
+  }
+
+  // Calls `task` once, with `args`, and waits for what it returns.
+  template <class F, class... Args>
+  [[nodiscard]] auto apply(const F& task, const Args&... args) const {
+    using R = typename detail::TaskOf<F>::Type::Value;
+    auto job = apply_async(task, args...);
+    if (!job) return Result<R>(error_of(std::move(job)));
+    return job->get_one(0);
+  }
+  template <class F, class... Args>
+  [[nodiscard]] auto apply_async(const F& task, const Args&... args) const {
+    return run_each(task, std::vector<std::string>{detail::TaskOf<F>::Type::pack(args...)});
+  }
+
+  // Calls `task` with each set of arguments. Returns std::vector<R>, in their order.
+  template <class F, class... Args>
+  [[nodiscard]] auto starmap(const F& task, const std::vector<std::tuple<Args...>>& sets) const {
+    using All = detail::AllOf<typename detail::TaskOf<F>::Type::Value>;
+    if (sets.empty()) return Result<All>();
+    auto job = starmap_async(task, sets);
+    if (!job) return Result<All>(error_of(std::move(job)));
+    return job->get();
+  }
+  // The same, without waiting. Errors: invalid_argument for no sets at all.
+  template <class F, class... Args>
+  [[nodiscard]] auto starmap_async(const F& task, const std::vector<std::tuple<Args...>>& sets) const {
+    std::vector<std::string> packed;
+    packed.reserve(sets.size());
+    for (const auto& set : sets) {
+      packed.push_back(
+          std::apply([](const auto&... args) { return detail::TaskOf<F>::Type::pack(args...); }, set));
+    }
+    return run_each(task, std::move(packed));
+  }
+
+ private:
+  template <class Task>
+  using HandleOf = std::conditional_t<Task::kIsDense, DenseJob, Job<typename Task::Value>>;
+  explicit Pool(std::shared_ptr<detail::PoolImpl> impl) noexcept : impl_(std::move(impl)) {}
+  [[nodiscard]] Result<detail::JobRequest> map_request(const Array& input, const Dtype& items,
+                                                       const MapOptions& options) const;
+  [[nodiscard]] static Result<void> add_output(detail::JobRequest& request, const Dtype& items,
+                                               const MapOptions& options);
+  template <class Handle>
+  [[nodiscard]] Result<Handle> submit(const detail::JobRequest& request) const {
+    auto job = detail::submit(impl_, request);
+    if (!job) return error_of(std::move(job));
+    return Handle(*std::move(job));
+  }
+  template <class F>
+  [[nodiscard]] auto run_each(const F& task, std::vector<std::string> packed) const {
+    using Task = typename detail::TaskOf<F>::Type;
+    static_assert(!Task::kMaps, "a task whose first parameter is a chunk of an array is for map()");
+    const std::uint64_t slots = packed.size();
+    return submit<Job<typename Task::Value>>(
+        {.task = detail::TaskOf<F>::code(task), .slots = slots, .arguments = std::move(packed)});
+  }
+
+  std::shared_ptr<detail::PoolImpl> impl_;
+};
+
+// For the main() of a program that a pool starts as its workers: does the pool's work until the pool ends.
+// The tasks are those that the pool's owner names (NamedTask). Returns an exit status. Errors are told on
+// standard error.
+[[nodiscard]] int serve_pool(std::initializer_list<detail::TaskCode> tasks);
+
+}  // namespace cowmgr
