@@ -204,14 +204,16 @@ TEST_F(Ragged, SayHowAWorkerDied) {
 
 TEST_F(Ragged, TakeSlotsBackThatTakeTooLong) {
   const Client client = connect();
-  ResultSet set = make(client, 1, {.attempts = 2, .lease = milliseconds(30)});
+  ResultSet set = make(client, 1, {.attempts = 3, .lease = milliseconds(30)});
   Slot slow = lease(set);
   Slot next = lease(set);  // waits until the first lease is over
   EXPECT_EQ(next.attempt(), 2U);
   put_value(slow, "late");
-  const auto late = slow.commit();
+  const auto late = slow.commit();  // whether the second lease is over by now, or not
   EXPECT_THAT(late, FailsWith(Errc::not_holder));
   EXPECT_THAT(late.error().message, testing::HasSubstr("30 ms"));
+  const Slot last = lease(set);
+  EXPECT_EQ(last.attempt(), 3U);
   const auto waited = set.wait_settled();
   EXPECT_THAT(waited, FailsWith(Errc::slot_failed));
   EXPECT_EQ(set.slot(0).reason, "no result within 30 ms");
