@@ -319,16 +319,12 @@ void Connection::remove_writing(std::uint64_t id) noexcept {
 
 void Connection::add_slots(std::uint64_t set, std::span<const wire::SlotLease* const> slots) {
   const std::lock_guard lock(pool_mutex());
-  auto& held = holdings_.slots[set];
-  for (const auto* lease : slots) held[lease->slot()] = lease->attempt();
+  for (const auto* lease : slots) holdings_.slots.insert_or_assign({set, lease->slot()}, lease->attempt());
 }
 
 void Connection::remove_slot(std::uint64_t set, std::uint64_t slot) noexcept {
   const std::lock_guard lock(pool_mutex());
-  const auto at = holdings_.slots.find(set);
-  if (at == holdings_.slots.end()) return;
-  at->second.erase(slot);
-  if (at->second.empty()) holdings_.slots.erase(at);
+  holdings_.slots.erase({set, slot});
 }
 
 std::uint64_t Connection::next_token() noexcept {

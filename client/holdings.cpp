@@ -50,17 +50,16 @@ Result<void> Holdings::tell(const std::function<Builder&()>& new_builder,
     writes.push_back(wire::CreateWriting(*builder, id, pack(*builder, request)));
   }
   constexpr std::size_t kSlotsAtOnce = 1024;
-  for (const auto& [set, leases] : slots) {
-    for (auto at = leases.begin(); at != leases.end();) {
-      if (auto ok = make_room(); !ok) return ok;
-      std::vector<std::uint64_t> indexes;
-      std::vector<std::uint32_t> attempts;
-      for (; at != leases.end() && indexes.size() < kSlotsAtOnce; ++at) {
-        indexes.push_back(at->first);
-        attempts.push_back(at->second);
-      }
-      holdings.push_back(wire::CreateHoldingDirect(*builder, set, &indexes, &attempts));
+  for (auto at = slots.begin(); at != slots.end();) {
+    if (auto ok = make_room(); !ok) return ok;
+    const std::uint64_t set = at->first.first;
+    std::vector<std::uint64_t> indexes;
+    std::vector<std::uint32_t> attempts;
+    for (; at != slots.end() && at->first.first == set && indexes.size() < kSlotsAtOnce; ++at) {
+      indexes.push_back(at->first.second);
+      attempts.push_back(at->second);
     }
+    holdings.push_back(wire::CreateHoldingDirect(*builder, set, &indexes, &attempts));
   }
   return flush(true);
 }

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 
 #include "cowmgr/client.hpp"
 #include "proto/frames.hpp"
@@ -40,8 +41,7 @@ struct WritingRequest {
 struct Holdings {
   std::unordered_map<std::uint64_t, std::uint32_t> views;  // how many, by array
   std::map<std::uint64_t, WritingRequest> writing;
-  std::unordered_map<std::uint64_t, std::unordered_map<std::uint64_t, std::uint32_t>>
-      slots;  // attempt; by set, slot
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint32_t> slots;  // attempt; by set and slot
 
   // Calls `send` with the tables of the requests that say all this, each small enough for a frame. Each is
   // made with a builder from `builder`. Stops at the first error, which it returns.

@@ -587,7 +587,7 @@ UniqueFd ShmEnv::watch_names() const {
 
 ShmEnv::Removals ShmEnv::read_removals(int watch_fd) const {
   Removals removals;
-  alignas(inotify_event) std::array<std::byte, std::size_t{64} << 10U> buffer{};
+  alignas(inotify_event) std::array<std::byte, 4096> buffer{};
   for (ssize_t bytes = 0; (bytes = ::read(watch_fd, buffer.data(), buffer.size())) > 0;) {
     for (std::size_t at = 0; at < static_cast<std::size_t>(bytes);) {
       inotify_event event{};
