@@ -8,6 +8,7 @@
 #include <unistd.h>
 #include <vector>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/child.hpp"
@@ -55,6 +56,20 @@ TEST_F(DaemonLife, EndsWhenAskedTo) {
   EXPECT_EQ(daemon.wait(), 0);
   daemon_.reset();
   EXPECT_EQ(copy_of(array->bytes()), pattern_bytes(kSize));
+}
+
+// It looks for more requests before it sleeps, but not for long.
+TEST_F(DaemonLife, SleepsWhenNobodyAsks) {
+  const Daemon& daemon = start();
+  const Client client = connect();
+  for (int i = 0; i < 100; ++i) EXPECT_THAT(client.ping(), Succeeds());
+  EXPECT_TRUE(eventually([&] {
+    std::ifstream stat(fmt::format("/proc/{0}/task/{0}/stat", daemon.pid()));
+    std::string pid;
+    std::string command;
+    char state = 0;
+    return stat >> pid >> command >> state && state == 'S';
+  }));
 }
 
 TEST_F(DaemonLife, EndsThoughPeersWait) {
