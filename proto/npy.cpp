@@ -23,6 +23,12 @@ bool is_ascii(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
 }
 
+// The padding of a segment's header is most of its page.
+std::string_view without_padding(std::string_view text) {
+  const auto end = std::find_if(text.rbegin(), text.rend(), [](char c) { return c != ' ' && c != '\n'; });
+  return text.substr(0, static_cast<std::size_t>(text.rend() - end));
+}
+
 // Format versions 1 and 2 are Latin-1, whose bytes are the first 256 code points.
 std::string utf8_of_latin1(std::string_view text) {
   std::string out;
@@ -154,8 +160,8 @@ Result<NpyHeader> parse_npy_header(std::span<const std::byte> bytes) {
   if (!header_bytes) return error_of(header_bytes);
   if (*header_bytes > bytes.size()) return refuse("it ends within its header");
   const auto prelude = parse_prelude(bytes);
-  const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + prelude->text_offset,
-                              prelude->text_bytes);
+  const auto text = without_padding({reinterpret_cast<const char*>(bytes.data()) + prelude->text_offset,
+                                     static_cast<std::size_t>(prelude->text_bytes)});
   if (prelude->major == 3 && !is_utf8(text)) return refuse("its header is not UTF-8");
   auto spec = parse_dict(prelude->major == 3 ? std::string(text) : utf8_of_latin1(text));
   if (!spec) return error_of(std::move(spec));

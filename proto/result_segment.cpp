@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <new>
 #include <string_view>
+#include <zlib.h>
 
-#include <boost/crc.hpp>
 #include <fmt/format.h>
 
 #include "proto/text.hpp"
@@ -28,11 +28,10 @@ constexpr std::uint64_t whole_pages(std::uint64_t size_bytes) noexcept {
 std::uint32_t crc_of(const std::byte* memory) noexcept {
   constexpr std::size_t kChanging = offsetof(ResultHeader, settled);
   constexpr std::size_t kAfter = kChanging + sizeof(ResultHeader::settled);
-  boost::crc_32_type crc;
-  crc.process_bytes(memory, kChanging);
-  crc.process_bytes(memory + kAfter, offsetof(ResultHeader, crc) - kAfter);
-  crc.process_bytes(memory + kPageBytes, kPageBytes);
-  return crc.checksum();
+  const auto* bytes = reinterpret_cast<const unsigned char*>(memory);
+  auto crc = ::crc32_z(0, bytes, kChanging);
+  crc = ::crc32_z(crc, bytes + kAfter, offsetof(ResultHeader, crc) - kAfter);
+  return static_cast<std::uint32_t>(::crc32_z(crc, bytes + kPageBytes, kPageBytes));
 }
 
 std::uint32_t flags_of(const ResultRecord& record) noexcept {

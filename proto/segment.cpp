@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <zlib.h>
 
-#include <boost/crc.hpp>
 #include <fmt/format.h>
 
 #include "proto/text.hpp"
@@ -62,9 +62,8 @@ static_assert(offsetof(RawTrailer, zero) == 368);
 static_assert(offsetof(RawTrailer, crc) == 4092);
 
 std::uint32_t crc_of(const RawTrailer& raw) {
-  boost::crc_32_type crc;
-  crc.process_bytes(&raw, offsetof(RawTrailer, crc));
-  return crc.checksum();
+  return static_cast<std::uint32_t>(
+      ::crc32_z(0, reinterpret_cast<const unsigned char*>(&raw), offsetof(RawTrailer, crc)));
 }
 
 tl::unexpected<Error> refuse(std::string_view why) {
