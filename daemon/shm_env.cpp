@@ -175,11 +175,10 @@ Result<void> allocate(const Segment& segment, std::uint64_t offset, std::uint64_
 }
 
 // Whether nobody but this descriptor has the file open or mapped: else the kernel gives no write lease
-// (fcntl(2), F_SETLEASE; fs/locks.c, check_conflicting_open). Where it gives none at all, nobody knows.
+// (fcntl(2), F_SETLEASE; fs/locks.c, check_conflicting_open). Where it gives none at all, nobody knows. The
+// lease ends with the descriptor; until then nobody else can open the file (45 s at most, proc_sys_fs(5)).
 bool has_one_holder(int fd) noexcept {
-  if (::fcntl(fd, F_SETLEASE, F_WRLCK) != 0) return false;
-  ShmEnv::end_lease(fd);
-  return true;
+  return ::fcntl(fd, F_SETLEASE, F_WRLCK) == 0;
 }
 
 // "the kernel's view of this file" in the form that /proc/<pid>/maps writes it: device and inode.
@@ -357,7 +356,9 @@ Result<ShmEnv::Found> ShmEnv::look_at(std::uint64_t id, const Open& open) const 
   found.file = *std::move(file);
   found.segment.size_bytes = found.file.size_bytes;
   if (found.file.file_owner != ::geteuid()) return not_ours(found.segment.name, found.file.file_owner);
-  found.is_free = found.file.is_draining && has_one_holder(found.segment.reader.get());
+  found.is_free = found.file.kind == SegmentFile::Kind::sealed && found.file.is_draining &&
+                  has_one_holder(found.segment.reader.get());
+  if (found.is_free) return found;
   auto lease = open();
   if (!lease) return error_of(std::move(lease));
   found.segment.lease = *std::move(lease);

@@ -78,7 +78,9 @@ class ShmEnv {
     std::uint64_t id = 0;
     Segment segment;  // without a writable descriptor
     SegmentFile file;
-    bool is_free = false;  // it lost its name to an eviction, and nobody has it open or mapped any more
+    // It lost its name to an eviction, and nobody has it open or mapped any more, nor can until `segment`,
+    // which is then for nothing but to be removed, is gone.
+    bool is_free = false;
   };
   // Opens a segment, for reading. Errors: not_found, permission_denied for what this user did not make,
   // out_of_memory, os_failure.
