@@ -18,7 +18,7 @@ namespace {
 constexpr auto kAwait = asio::as_tuple(asio::use_awaitable);
 
 // Every frame is received here and copied out: one buffer for all connections of the one loop, since nothing
-// else runs between recvmsg(2) and the copy.
+// else runs between recv(2) and the copy.
 alignas(16) thread_local std::array<std::byte, kMaxFrameBytes> scratch;
 
 }  // namespace
@@ -31,7 +31,7 @@ asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
     // also gives the others their turn, however fast this one sends.
     const auto [error] = co_await socket_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
     if (error) co_return false;
-    const auto received = receive_frame(socket_.native_handle(), scratch);
+    const auto received = receive_bytes(socket_.native_handle(), scratch);
     if (!received) {
       if (received.error().code != Errc::disconnected)
         spdlog::debug("a connection is closed: {}", received.error().message);
@@ -42,7 +42,7 @@ asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
         spdlog::debug("a connection is closed: it asks again before it has taken what it was sent");
         co_return false;
       }
-      frame.assign((*received)->bytes.begin(), (*received)->bytes.end());
+      frame.assign((*received)->begin(), (*received)->end());
       co_return true;
     }
   }

@@ -44,6 +44,11 @@ Error disconnected() {
   return {Errc::disconnected, "the other side closed the connection"};
 }
 
+// Why a receive call failed.
+Error not_received() {
+  return errno == ECONNRESET ? disconnected() : os_error("recvmsg", "a frame", errno);
+}
+
 // Takes the descriptors out of a received message, before anything else can fail.
 std::vector<UniqueFd> take_fds(msghdr& message) {
   std::vector<UniqueFd> fds;
@@ -111,17 +116,21 @@ Result<bool> send_frame(int socket, std::span<const std::byte> bytes, std::span<
             "the request takes {} bytes and {} descriptors, a frame holds {} and {}; ask for less at once",
             bytes.size(), fds.size(), kMaxFrameBytes, kMaxFrameFds));
   }
-  iovec part{const_cast<std::byte*>(bytes.data()), bytes.size()};  // sendmsg(2) does not write to it
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  alignas(cmsghdr) ControlBuffer control;
-  if (!fds.empty()) put_fds(message, control, fds);
+  const auto send_once = [&] {
+    if (fds.empty()) return ::send(socket, bytes.data(), bytes.size(), MSG_NOSIGNAL);  // the cheaper call
+    iovec part{const_cast<std::byte*>(bytes.data()), bytes.size()};  // sendmsg(2) does not write to it
+    alignas(cmsghdr) ControlBuffer control;
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    put_fds(message, control, fds);
+    return ::sendmsg(socket, &message, MSG_NOSIGNAL);
+  };
   for (;;) {
-    if (::sendmsg(socket, &message, MSG_NOSIGNAL) >= 0) return true;
+    if (send_once() >= 0) return true;
     if (errno == EAGAIN) return false;
     if (errno == EPIPE || errno == ECONNRESET || errno == ENOTCONN) return tl::unexpected(disconnected());
-    if (errno != EINTR) return tl::unexpected(os_error("sendmsg", "a frame", errno));
+    if (errno != EINTR) return tl::unexpected(os_error("send", "a frame", errno));
   }
 }
 
@@ -138,8 +147,7 @@ Result<std::optional<Frame>> receive_frame(int socket, std::span<std::byte> buff
   do count = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
   while (count < 0 && errno == EINTR);
   if (count < 0 && errno == EAGAIN) return std::optional<Frame>();
-  if (count < 0 && errno != ECONNRESET) return tl::unexpected(os_error("recvmsg", "a frame", errno));
-  if (count < 0) return tl::unexpected(disconnected());
+  if (count < 0) return tl::unexpected(not_received());
   Frame frame{buffer.first(static_cast<std::size_t>(count)), take_fds(message)};
   // A record of no bytes, which may bring descriptors, reads like the end of the connection; no frame is
   // empty, so both end it.
@@ -155,6 +163,20 @@ Result<std::optional<Frame>> receive_frame(int socket, std::span<std::byte> buff
                 "a frame is longer, or carries more descriptors, than the protocol allows");
   }
   return std::optional<Frame>(std::move(frame));
+}
+
+Result<std::optional<std::span<const std::byte>>> receive_bytes(int socket, std::span<std::byte> buffer) {
+  COWMGR_ASSERT(buffer.size() >= kMaxFrameBytes);
+  ssize_t count = -1;
+  do count = ::recv(socket, buffer.data(), kMaxFrameBytes, MSG_TRUNC);  // tells how long the record was
+  while (count < 0 && errno == EINTR);
+  if (count < 0 && errno == EAGAIN) return std::optional<std::span<const std::byte>>();
+  if (count < 0) return tl::unexpected(not_received());
+  if (count == 0) return tl::unexpected(disconnected());
+  const auto size_bytes = static_cast<std::size_t>(count);
+  if (size_bytes > kMaxFrameBytes)
+    return fail(Errc::protocol_error, "a frame is longer than the protocol allows");
+  return std::optional<std::span<const std::byte>>(buffer.first(size_bytes));
 }
 
 }  // namespace cowmgr

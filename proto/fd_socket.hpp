@@ -40,4 +40,8 @@ struct Frame {
 // none. Errors: disconnected at the end of the connection; protocol_error.
 [[nodiscard]] Result<std::optional<Frame>> receive_frame(int socket, std::span<std::byte> buffer);
 
+// The same for who expects no descriptors, at less cost: those that come are closed by the kernel (unix(7)).
+[[nodiscard]] Result<std::optional<std::span<const std::byte>>> receive_bytes(int socket,
+                                                                              std::span<std::byte> buffer);
+
 }  // namespace cowmgr

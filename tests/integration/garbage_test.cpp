@@ -131,18 +131,17 @@ TEST_F(Garbage, OfTooManyBytes) {
   expect_hang_up(Bytes(160'000, std::byte{0x55}));
 }
 
-TEST_F(Garbage, OfTooManyDescriptors) {
-  const Bytes ping = frame([](Builder& b) { return wire::CreatePing(b); });
-  expect_hang_up(ping, 100);
-  expect_hang_up(ping, 250);
+TEST_F(Garbage, OfBytesAndDescriptors) {
   expect_hang_up(Bytes(10, std::byte{1}), 1);
+  expect_hang_up(Bytes(10, std::byte{1}), 250);
 }
 
 // No request has descriptors: those that come are closed, and the request is answered.
 TEST_F(Garbage, OfDescriptorsIsThrownAway) {
   RawPeer peer = RawPeer::greeted(socket());
   for (int i = 0; i < 50; ++i) {
-    ASSERT_TRUE(peer.send(frame([](Builder& b) { return wire::CreatePing(b); }), 60));
+    const std::size_t descriptors = i % 2 == 0 ? 60 : 250;  // fewer and more than a reply may have
+    ASSERT_TRUE(peer.send(frame([](Builder& b) { return wire::CreatePing(b); }), descriptors));
     const auto* reply = peer.receive();
     ASSERT_NE(reply, nullptr);
     EXPECT_NE(reply->body_as_Pong(), nullptr);

@@ -399,6 +399,47 @@ TEST(ReceiveFrame, SaysThatThisProcessHasTooManyOpenFiles) {
   }
 }
 
+// ---- Where no descriptors are expected ----
+
+TEST(ReceiveBytes, DeliversARecordAndClosesItsDescriptors) {
+  SocketPair pair;
+  Pipe pipe;
+  Buffer buffer;
+  const auto before = open_descriptors();
+  ASSERT_EQ(send_frame(pair.theirs.get(), bytes_of("bare"s)), true);
+  ASSERT_EQ(send_frame(pair.theirs.get(), bytes_of("laden"s), std::vector{pipe.writer.get()}), true);
+  send_raw(pair.theirs.get(), 0, 1, pipe.writer.get());
+  pipe.writer.reset();
+  const auto text = [](std::span<const std::byte> bytes) {
+    return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  };
+  EXPECT_EQ(text(**receive_bytes(pair.ours.get(), buffer)), "bare");
+  EXPECT_EQ(text(**receive_bytes(pair.ours.get(), buffer)), "laden");
+  EXPECT_THAT(receive_bytes(pair.ours.get(), buffer), FailsWith(Errc::disconnected));
+  EXPECT_EQ(open_descriptors(), before - 1);
+  char byte = 0;
+  EXPECT_EQ(::read(pipe.reader.get(), &byte, 1), 0) << "no writer is left in flight";
+}
+
+TEST(ReceiveBytes, RefusesARecordThatIsTooLong) {
+  SocketPair pair;
+  std::vector<std::byte> large(2 * kMaxFrameBytes);
+  send_raw(pair.theirs.get(), kMaxFrameBytes + 1, 0, -1);
+  EXPECT_THAT(receive_bytes(pair.ours.get(), large), FailsWith(Errc::protocol_error));
+  send_raw(pair.theirs.get(), kMaxFrameBytes, 0, -1);
+  EXPECT_EQ((**receive_bytes(pair.ours.get(), large)).size(), kMaxFrameBytes);
+}
+
+TEST(ReceiveBytes, TellsNothingYetFromTheEndAndFromAFailure) {
+  SocketPair pair(SOCK_NONBLOCK);
+  Buffer buffer;
+  EXPECT_EQ(*receive_bytes(pair.ours.get(), buffer), std::nullopt);
+  ASSERT_EQ(send_frame(pair.ours.get(), bytes_of("unread"s)), true);
+  pair.theirs.reset();
+  EXPECT_THAT(receive_bytes(pair.ours.get(), buffer), FailsWith(Errc::disconnected));
+  EXPECT_THAT(receive_bytes(-1, buffer), FailsWith(Errc::os_failure));
+}
+
 TEST(ReceiveFrame, IsNotEndedByASignal) {
   static volatile std::sig_atomic_t alarms;
   static volatile std::sig_atomic_t alarmed_socket;
