@@ -424,7 +424,10 @@ class BrokenStarts : public BrokenCalls, public testing::WithParamInterface<int>
   // The next daemon serves what it can, and stops in good order; or it says why it does not start.
   void start_broken(std::uint64_t call) {
     break_.expect(call, error_);
+    const auto begin = std::chrono::steady_clock::now();
     start_keeping(no_grace_, broken());
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(40))
+        << "it waits until the kernel breaks a lease of its own (proc_sys_fs(5), lease-break-time)";
     if (daemon_->serves()) {
       expect_served(connect(), break_.name().starts_with("fcntl(F_SET") && error_ != ENOMEM);
       EXPECT_EQ(daemon_->stop(SIGTERM), 0);

@@ -35,8 +35,9 @@ ArraySpec bytes_spec(std::uint64_t size_bytes) {
   return {Dtype::of<std::uint8_t>(), {size_bytes}};
 }
 
-// What was evicted stays so long for those who may view it: the test waits for its end.
-const std::vector<std::string> kGrace = {"--grace", "2"};
+// Some of what is half made stays so long for who may come back to it, and the test waits for its end; but no
+// machine holds up a client that comes back for as long as that.
+const std::vector<std::string> kGrace = {"--grace", "4"};
 
 class StateChange : public KeepingDaemonTest {
  protected:
