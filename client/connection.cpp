@@ -202,7 +202,9 @@ Result<std::unique_ptr<Channel>> Connection::take(bool reconnects) {
       busy_.insert(channel.get());
       return channel;
     }
+    const std::uint64_t epoch = epoch_;
     auto channel = add_channel(lock);
+    if (epoch != epoch_) continue;  // what an earlier daemon said, or gave, does not count any more
     if (channel) busy_.insert(channel->get());
     if (channel || !is_lost_) return channel;
     if (!reconnects) return lost();
@@ -246,9 +248,17 @@ Result<void> Connection::reconnect(std::unique_lock<std::mutex>& lock) {
   old.clear();
   auto channel = find_daemon(session, epoch, reconnect_);
   lock.lock();
+  // What was given up since is not told in any other way.
+  bool is_told = true;
+  while (channel && is_told && session != 0 && epoch == epoch_ && told_ends_ != ends_) {
+    lock.unlock();
+    is_told = say_what_is_held(**channel).has_value();
+    lock.lock();
+  }
   if (epoch != epoch_) return {};  // in a child that was forked meanwhile, or it began once more
   is_reconnecting_ = false;
   channel_free_->notify_all();
+  if (!is_told) return {};  // that daemon went away, too: whoever asked looks for the next one
   if (!channel) {
     // A program that had a daemon asks why it has none.
     Error error = std::move(channel).error();
@@ -292,6 +302,7 @@ Result<void> Connection::say_what_is_held(Channel& channel) {
     const std::lock_guard lock(pool_mutex());
     releases_.clear();  // this daemon does not hear of them in the first place
     held = holdings_;
+    told_ends_ = ends_;
   }
   return held.tell([&]() -> Builder& { return channel.builder(); },
                    [&](Offset<wire::Hold> table) -> Result<void> {
@@ -315,6 +326,7 @@ void Connection::add_writing(std::uint64_t id, WritingRequest request) {
 void Connection::remove_writing(std::uint64_t id) noexcept {
   const std::lock_guard lock(pool_mutex());
   holdings_.writing.erase(id);
+  ++ends_;
 }
 
 void Connection::add_slots(std::uint64_t set, std::span<const wire::SlotLease* const> slots) {
@@ -325,6 +337,7 @@ void Connection::add_slots(std::uint64_t set, std::span<const wire::SlotLease* c
 void Connection::remove_slot(std::uint64_t set, std::uint64_t slot) noexcept {
   const std::lock_guard lock(pool_mutex());
   holdings_.slots.erase({set, slot});
+  ++ends_;
 }
 
 std::uint64_t Connection::next_token() noexcept {

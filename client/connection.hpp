@@ -273,6 +273,8 @@ class Connection {
   std::uint64_t epoch_ = 1;
   std::uint64_t last_token_ = 0;
   Holdings holdings_;
+  std::uint64_t ends_ = 0;        // of slots and of writing, counted
+  std::uint64_t told_ends_ = 0;   // when the holdings were told last
   bool is_lost_ = false;          // the session ended
   bool is_reconnecting_ = false;  // some thread is at it
 };

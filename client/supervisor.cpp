@@ -271,7 +271,7 @@ void Supervisor::stop() noexcept {
 bool Supervisor::is_running() const noexcept {
   // Not pid_: another thread may be at stop().
   pollfd poll{pidfd_.get(), POLLIN, 0};
-  return ::poll(&poll, 1, 0) == 0;
+  return ::poll(&poll, 1, 0) <= 0;  // a signal that comes meanwhile tells nothing
 }
 
 std::vector<pid_t> Supervisor::workers() const {
