@@ -153,7 +153,8 @@ TEST_F(OutsideHands, AnUnlinkedArrayCanBeReplacedAndEvicted) {
   put(client, "a", 1);
   put(client, "b", 2);
   for (const auto* name : {"a", "b"}) fs::remove(file_of(client, name));
-  EXPECT_TRUE(eventually([&] { return state_of(client, "b") == ArrayState::unlinked; }));
+  EXPECT_TRUE(eventually(
+      [&] { return state_of(client, "b") == ArrayState::unlinked && info_of(client, "a").views == 0; }));
   EXPECT_THAT(client.evict(std::vector<std::string>{"a"}), Succeeds());
   put(client, "b", 3, {.replace = true});
   expect_served(client, "b", 3);

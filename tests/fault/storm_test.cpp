@@ -108,7 +108,8 @@ class Storm : public DaemonLifeTest {
       plan.last_put[array] = model_.last_put(array);
     }
     for (const auto& [set, known] : model_.sets()) {
-      if (set.maker == number) plan.left = set;
+      // Another goes with the process that made it, whenever the daemon learns that it is gone.
+      if (set.maker == number && set.is_detached()) plan.left = set;
     }
     Running& running = clients_.at(number);
     running.child = std::make_unique<Child>([&](const Link& link) {
