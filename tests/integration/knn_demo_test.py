@@ -4,6 +4,7 @@
 The answers are compared with those of tests/unit/knn_oracle.py, which shares no code with the programs.
 """
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -68,10 +69,18 @@ class Demo:
         else:
             raise AssertionError(f"it did not start: {self.process.wait()} {self.error_text()}")
         if "--socket" not in flags:
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            self.daemon, = {int(pid) for pid in children} - set(self.workers)
-            self.socket = glob.glob(f"{folder}/*/cowmgr.sock")[0]
-        self.pidfds = {pid: os.pidfd_open(pid) for pid in (*self.daemons(), *self.workers)}
+            self.find_daemon(folder)
+        self.pidfds = {}  # of all that had not ended by now: a short run may be over
+        for pid in (*self.daemons(), *self.workers):
+            with contextlib.suppress(ProcessLookupError):
+                self.pidfds[pid] = os.pidfd_open(pid)
+
+    def find_daemon(self, folder):
+        for self.socket in glob.glob(f"{folder}/*/cowmgr.sock"):
+            pong = subprocess.run([BIN / "cowctl", "--socket", self.socket, "--json", "ping"], capture_output=True,
+                                  check=False, timeout=TIMEOUT_S)
+            if pong.returncode == 0:
+                self.daemon = json.loads(pong.stdout)["pid"]
 
     def daemons(self):
         return [self.daemon] if self.daemon else []
@@ -85,7 +94,7 @@ class Demo:
         return self.process.wait(TIMEOUT_S)
 
     def has_ended(self, pid, timeout_s=0):
-        return bool(select.select([self.pidfds[pid]], [], [], timeout_s)[0])
+        return pid not in self.pidfds or bool(select.select([self.pidfds[pid]], [], [], timeout_s)[0])
 
     def close(self):
         if self.process.poll() is None:
@@ -307,6 +316,8 @@ class KnnDemoTest(unittest.TestCase):
         self.assertEqual(demo.wait(), 0, demo.error_text())
         self.assertEqual(demo.error_text(), "")
         self.assert_right(self.report_of(demo, k=5, rows=rows), k=5, rows=rows)
+        while daemon.cowctl("ping") is None:  # the last one does not serve yet
+            pass
         self.assertEqual(daemon.cowctl("ls"), [], "the demo takes its arrays away")
         self.assertEqual(daemon.cowctl("results"), [])
         daemon.close()
