@@ -56,9 +56,8 @@ UniqueFd pidfd_of(int socket, pid_t pid) {
 
 // As io.run(). Whoever was just answered often asks again at once, and to sleep and be woken takes longer
 // than most requests: up to 60 us once the processor has gone idle. So the loop looks for more for a moment
-// before it sleeps
-// (`./dev bench`, tiny tasks). Where that is in vain, as when whoever would ask needs this very processor, it
-// looks ever more seldom.
+// before it sleeps (`./dev bench`, tiny tasks). Where that is in vain, as when whoever would ask needs this
+// very processor, it looks ever more seldom.
 void run_loop(asio::io_context& io) {
   const auto finds_more = [&io] {
     const auto end = std::chrono::steady_clock::now() + kLook;

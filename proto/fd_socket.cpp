@@ -44,9 +44,9 @@ Error disconnected() {
   return {Errc::disconnected, "the other side closed the connection"};
 }
 
-// Why a receive call failed.
-Error not_received() {
-  return errno == ECONNRESET ? disconnected() : os_error("recvmsg", "a frame", errno);
+// Why the receive call `name` failed.
+Error not_received(std::string_view name) {
+  return errno == ECONNRESET ? disconnected() : os_error(name, "a frame", errno);
 }
 
 // Takes the descriptors out of a received message, before anything else can fail.
@@ -130,7 +130,7 @@ Result<bool> send_frame(int socket, std::span<const std::byte> bytes, std::span<
     if (send_once() >= 0) return true;
     if (errno == EAGAIN) return false;
     if (errno == EPIPE || errno == ECONNRESET || errno == ENOTCONN) return tl::unexpected(disconnected());
-    if (errno != EINTR) return tl::unexpected(os_error("send", "a frame", errno));
+    if (errno != EINTR) return tl::unexpected(os_error(fds.empty() ? "send" : "sendmsg", "a frame", errno));
   }
 }
 
@@ -147,7 +147,7 @@ Result<std::optional<Frame>> receive_frame(int socket, std::span<std::byte> buff
   do count = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
   while (count < 0 && errno == EINTR);
   if (count < 0 && errno == EAGAIN) return std::optional<Frame>();
-  if (count < 0) return tl::unexpected(not_received());
+  if (count < 0) return tl::unexpected(not_received("recvmsg"));
   Frame frame{buffer.first(static_cast<std::size_t>(count)), take_fds(message)};
   // A record of no bytes, which may bring descriptors, reads like the end of the connection; no frame is
   // empty, so both end it.
@@ -171,7 +171,7 @@ Result<std::optional<std::span<const std::byte>>> receive_bytes(int socket, std:
   do count = ::recv(socket, buffer.data(), kMaxFrameBytes, MSG_TRUNC);  // tells how long the record was
   while (count < 0 && errno == EINTR);
   if (count < 0 && errno == EAGAIN) return std::optional<std::span<const std::byte>>();
-  if (count < 0) return tl::unexpected(not_received());
+  if (count < 0) return tl::unexpected(not_received("recv"));
   if (count == 0) return tl::unexpected(disconnected());
   const auto size_bytes = static_cast<std::size_t>(count);
   if (size_bytes > kMaxFrameBytes)
