@@ -88,6 +88,7 @@ Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
   auto mapping = Mapping::map(reply->fds()[0].get(), info->segment_bytes, Access::read_write);
   if (!mapping) {
     // This session is the array's writer all the same, until it says that it gives the array up.
+    reply->let_go();
     (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info->id); });
     return error_of(std::move(mapping));
   }

@@ -101,8 +101,9 @@ class Connection {
   [[nodiscard]] static Result<std::shared_ptr<Connection>> open(std::string socket, std::string command,
                                                                 Milliseconds reconnect, Milliseconds wait);
 
-  // The reply to a call; its tables and descriptors are valid while this object lives, which keeps the
-  // channel busy: let go of it soon.
+  // The reply to a call. Its tables are valid until let_go(), its descriptors while this object lives. It
+  // keeps the channel busy until then: let go before the next call, or with all channels busy each of two
+  // threads waits for the other's.
   template <class Body>
   class Reply {
    public:
@@ -112,7 +113,8 @@ class Connection {
     Reply& operator=(Reply&&) = delete;
     Reply(const Reply&) = delete;
     Reply& operator=(const Reply&) = delete;
-    ~Reply() {
+    ~Reply() { let_go(); }
+    void let_go() noexcept {
       if (channel_) connection_->put_back(std::move(channel_));
     }
     const Body* operator->() const noexcept { return body_; }

@@ -149,7 +149,7 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
 
  private:
   using LeaseReply = Connection::Reply<wire::Leased>;
-  [[nodiscard]] Result<Slots> take_slots(const LeaseReply& reply, std::shared_ptr<Mapping> mapping);
+  [[nodiscard]] Result<Slots> take_slots(LeaseReply& reply, std::shared_ptr<Mapping> mapping);
   [[nodiscard]] Result<std::shared_ptr<Mapping>> mapping_for(const LeaseReply& reply);
   [[nodiscard]] bool is_mapped();
 

@@ -53,7 +53,7 @@ Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milli
   const Patience patience(wait);
   for (;;) {
     const std::uint32_t wait_ms = patience.next_ms();
-    const auto reply = connection_->call<wire::Leased>([&](Builder& b) {
+    auto reply = connection_->call<wire::Leased>([&](Builder& b) {
       return wire::CreateLeaseSlots(b, info_.id, index, std::min(batch.count, kMaxBatch), batch.is_shared,
                                     wait_ms, false);
     });
@@ -70,12 +70,13 @@ Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milli
 }
 
 // Leases that cannot be used must be told back, or nobody else would get the slots.
-Result<Slots> ResultSetImpl::take_slots(const LeaseReply& reply, std::shared_ptr<Mapping> mapping) {
+Result<Slots> ResultSetImpl::take_slots(LeaseReply& reply, std::shared_ptr<Mapping> mapping) {
   if (!mapping && !info_.is_ragged) {
     auto mapped = mapping_for(reply);
     if (!mapped) {
       std::vector<std::uint64_t> slots;
       for (const auto* lease : *reply->slots()) slots.push_back(lease->slot());
+      reply.let_go();
       (void)connection_->call<wire::Done>(
           [&](Builder& b) { return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, false); });
       return error_of(std::move(mapped));
@@ -149,7 +150,7 @@ Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch&
   for (const auto& slot : done) slot->mapping_.reset();
   if (next.count == 0) mapping.reset();
   const bool keeps_mapping = !info_.is_ragged && (next.count > 0 ? mapping != nullptr : is_mapped());
-  const auto reply = connection_->call<wire::Leased>([&](Builder& b) {
+  auto reply = connection_->call<wire::Leased>([&](Builder& b) {
     return wire::CreateCommitSlotsDirect(b, info_.id, &slots, values.empty() ? nullptr : &values,
                                          sizes.empty() ? nullptr : &sizes, std::min(next.count, kMaxBatch),
                                          next.is_shared, keeps_mapping, &attempts);
@@ -170,6 +171,7 @@ Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch&
     committed.next = *std::move(taken);
     return committed;
   }
+  if (reply) reply->let_go();
   if (mapping) {
     mapping.reset();
     if (!is_mapped()) connection_->notify([&](Builder& b) { return wire::CreateUnmapped(b, info_.id); });

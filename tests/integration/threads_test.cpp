@@ -1,6 +1,8 @@
 // One client in many threads.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <future>
 #include <optional>
 #include <random>
 #include <string>
@@ -97,6 +99,27 @@ TEST_F(Threads, MayBeMoreThanTheConnectionsOfAClient) {
   EXPECT_THAT(client.put("a", spec(), pattern_bytes(20'000)), Succeeds());
   for (auto& thread : threads) thread.join();
   EXPECT_LE(client.clients()->front().channels, 64U);
+}
+
+// The last commit tells the daemon, beside its own request, that the set's memory is not mapped any more.
+TEST_F(Threads, NeedOneConnectionForACommit) {
+  constexpr std::uint32_t kOthers = 63;  // with the one that commits, as many as a client has connections
+  const Client client = connect();
+  const Client witness = connect("witness");
+  auto set = client.create_results("set", spec(), 1);
+  ASSERT_THAT(set, Succeeds());
+  auto slot = set->lease();
+  ASSERT_THAT(slot, Succeeds());
+  std::vector<std::thread> others;
+  for (std::uint32_t i = 0; i < kOthers; ++i)
+    others.emplace_back([&] { EXPECT_THAT(client.attach("late", {.wait = kForever}), Succeeds()); });
+  EXPECT_TRUE(eventually([&] { return witness.clients()->front().channels == kOthers; }));
+  auto next = std::async(std::launch::async, [&] { return (*slot)->commit_and_lease(); });
+  // The others ask again every 20 s, and each lets go of its connection for a moment: not as late as that.
+  EXPECT_EQ(next.wait_for(std::chrono::seconds(10)), std::future_status::ready);
+  EXPECT_THAT(witness.put("late", spec(), pattern_bytes(20'000)), Succeeds());
+  for (auto& thread : others) thread.join();
+  EXPECT_THAT(next.get(), Succeeds());
 }
 
 TEST_F(Threads, FillOneArrayTogether) {
