@@ -354,6 +354,18 @@ class KnnDemoTest(unittest.TestCase):
         demo.process.wait()
         self.assert_clean(demo)
 
+    def test_the_demo_is_killed_while_the_daemon_does_not_answer(self):
+        daemon = OtherDaemon(self.temporary)
+        self.addCleanup(daemon.close)
+        demo = self.start("--socket", daemon.socket, "--workers", "2")
+        self.addCleanup(daemon.process.send_signal, signal.SIGCONT)
+        daemon.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)
+        demo.process.kill()
+        demo.process.wait()
+        for worker in demo.workers:
+            self.assertTrue(demo.has_ended(worker, TIMEOUT_S), f"worker {worker} still runs")
+
     # ---- Refusals
 
     def refuse(self, *flags, code, says):

@@ -7,11 +7,14 @@
 
 #include <charconv>
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
+#include <poll.h>
 #include <span>
 #include <string>
 #include <string_view>
+#include <sys/prctl.h>
 #include <unistd.h>
 #include <vector>
 
@@ -78,7 +81,15 @@ Result<Tally> classify_slots(ResultSet& predictions, const KnnClassifier& classi
   return tally;
 }
 
-// The demo ends our input when it has measured what memory we take; so does its death.
+// Nobody wants our answers when the demo is gone; nor does a daemon of its own come back, for which we would
+// wait. The kernel tells of a death that is still to come (prctl(2)), our input of an earlier one.
+void end_with_the_demo() {
+  ::prctl(PR_SET_PDEATHSIG, SIGTERM);
+  pollfd input{STDIN_FILENO, 0, 0};
+  if (::poll(&input, 1, 0) > 0 && (input.revents & POLLHUP) != 0) ::_exit(1);
+}
+
+// The demo ends our input when it has measured what memory we take.
 void wait_for_end_of_input() {
   char ignored = 0;
   while (::read(STDIN_FILENO, &ignored, 1) > 0) {
@@ -86,6 +97,7 @@ void wait_for_end_of_input() {
 }
 
 Result<void> work(std::size_t k) {
+  end_with_the_demo();
   // And, when the daemon goes, to the next one; also if it goes just now.
   const auto client = Client::connect({.wait = std::chrono::seconds(5)});
   if (!client) return error_of(client);
