@@ -18,6 +18,7 @@
 #include "daemon/server.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/lock_file.hpp"
+#include "proto/standard_streams.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
 
@@ -179,6 +180,7 @@ Result<void> serve_until_stopped(Config& config) {
 }  // namespace cowmgr
 
 int main(int argc, char** argv) {
+  cowmgr::occupy_standard_streams();
   cowmgr::Config config;
   if (const auto rc = cowmgr::parse_config(argc, argv, config)) return *rc;
   cowmgr::set_up_log(config);

@@ -5,14 +5,13 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
-#include <fcntl.h>
 #include <string>
-#include <unistd.h>
 
 #include <fmt/format.h>
 
 #include "client/cowctl/commands.hpp"
 #include "client/cowctl/json.hpp"
+#include "proto/standard_streams.hpp"
 
 namespace cowmgr::cli {
 namespace {
@@ -99,13 +98,6 @@ int run(int argc, const char* const* argv) {
   return report->is_bad_news ? kRefused : kDone;
 }
 
-// Where a caller closed a standard stream, the socket would get its number, and the daemon our text.
-void occupy_standard_streams() {
-  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
-    if (::fcntl(fd, F_GETFD) < 0) static_cast<void>(::open("/dev/null", O_RDONLY));  // writing still fails
-  }
-}
-
 // Both signals would kill; the calls then fail with EPIPE and EFBIG, which have their messages.
 void ignore_signals_that_calls_report() {
   static_cast<void>(std::signal(SIGPIPE, SIG_IGN));
@@ -116,7 +108,7 @@ void ignore_signals_that_calls_report() {
 }  // namespace cowmgr::cli
 
 int main(int argc, char** argv) {
-  cowmgr::cli::occupy_standard_streams();
+  cowmgr::occupy_standard_streams();
   cowmgr::cli::ignore_signals_that_calls_report();
   try {
     return cowmgr::cli::run(argc, argv);

@@ -2,6 +2,7 @@
 #include <csignal>
 #include <fcntl.h>
 #include <fstream>
+#include <iterator>
 #include <string>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -240,6 +241,14 @@ TEST_F(DaemonLife, SurvivesALogThatNobodyReads) {
   ::close(saved);
   ::close(ends[0]);
   EXPECT_THAT(put(connect(), "a"), Succeeds());
+}
+
+// What it opens first must not become its log: that is the file that says which process has the instance.
+TEST_F(DaemonLife, NeedsNoStandardError) {
+  start_keeping({"--purge", "--log-level", "trace"}, {.log = kClosed});
+  EXPECT_THAT(put(connect(), "a"), Succeeds());
+  std::ifstream lock(fmt::format("/dev/shm/cowmgr.{}.lock", instance()));
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(lock), {}), std::to_string(daemon_->pid()));
 }
 
 TEST_F(DaemonLife, ThatIsEmbeddedEndsThoughItsParentIsGoneAtOnce) {

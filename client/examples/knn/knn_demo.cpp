@@ -10,13 +10,11 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
-#include <fcntl.h>
 #include <filesystem>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -32,6 +30,7 @@
 #include "client/examples/knn/report.hpp"
 #include "client/examples/knn/workers.hpp"
 #include "cowmgr/cowmgr.hpp"
+#include "proto/standard_streams.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr::knn {
@@ -272,13 +271,6 @@ class Demo {
   DemoReport report_;
 };
 
-// Where a caller closed a standard stream, another file would get its number, and then our text.
-void occupy_standard_streams() {
-  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
-    if (::fcntl(fd, F_GETFD) < 0) static_cast<void>(::open("/dev/null", O_RDONLY));  // writing still fails
-  }
-}
-
 int run(int argc, const char* const* argv) {
   const auto parsed = parse_demo_options(argc, argv);
   if (const auto* answer = std::get_if<DemoAnswer>(&parsed)) {
@@ -297,7 +289,7 @@ int run(int argc, const char* const* argv) {
 }  // namespace cowmgr::knn
 
 int main(int argc, char** argv) {
-  cowmgr::knn::occupy_standard_streams();
+  cowmgr::occupy_standard_streams();
   // Whoever reads our report may stop at any line: we must still stop what we started.
   static_cast<void>(std::signal(SIGPIPE, SIG_IGN));
   try {
