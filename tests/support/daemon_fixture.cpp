@@ -58,6 +58,7 @@ pid_t spawn_daemon(const std::vector<std::string>& arguments, const std::string&
   posix_spawn_file_actions_t actions;
   ::posix_spawn_file_actions_init(&actions);
   if (launch.log >= 0) ::posix_spawn_file_actions_adddup2(&actions, launch.log, STDERR_FILENO);
+  if (launch.log == kClosed) ::posix_spawn_file_actions_addclose(&actions, STDERR_FILENO);
   int number = STDERR_FILENO;
   for (const auto& [name, fd] : stored) ::posix_spawn_file_actions_adddup2(&actions, fd.get(), ++number);
   pid_t pid = -1;
@@ -228,7 +229,7 @@ void DaemonLifeTest::stop() {
 }
 
 Client DaemonLifeTest::connect(const std::string& command, Milliseconds reconnect) const {
-  auto client = Client::connect({.socket = socket(), .command = command, .reconnect = reconnect});
+  auto client = Client::connect({.socket = socket(), .command = command, .reconnect = reconnect, .wait = reconnect});
   if (!client) {
     ADD_FAILURE() << client.error().message;
     std::abort();  // there is nothing that the test could go on with

@@ -81,11 +81,13 @@ class TemporaryDirectory {
 
 class ServiceManager;
 
+inline constexpr int kClosed = -2;
+
 // What is started, where that is not the daemon as everybody has it.
 struct Launch {
   std::string program = "cowmgr";          // of this build
   std::vector<std::string> environment{};  // "NAME=value", beside that of the test
-  int log = -1;                            // its standard error; -1: that of the test
+  int log = -1;                            // its standard error; -1: that of the test; kClosed: none
   bool may_refuse = false;                 // to start: Daemon::serves() tells. Default: the test fails
   ServiceManager* manager = nullptr;       // hands it what it has stored; null: one of its own, for the start
 };
@@ -135,7 +137,8 @@ class DaemonLifeTest : public testing::Test {
   Daemon& start_keeping(const std::vector<std::string>& arguments = {}, const Launch& launch = {});
   // Ends the daemon as an operator would, and checks that it leaves nothing.
   void stop();
-  // Unless a test asks for it, clients do not look for another daemon when theirs goes away.
+  // Unless a test asks for it, clients do not look for another daemon when theirs goes away, nor when it does
+  // so just now.
   [[nodiscard]] Client connect(const std::string& command = "test",
                                Milliseconds reconnect = Milliseconds(0)) const;
   [[nodiscard]] std::string socket() const { return directory_.file("s"); }
