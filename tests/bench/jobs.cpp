@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <numeric>
 #include <poll.h>
 #include <sstream>
@@ -88,28 +89,26 @@ std::uint64_t pss_bytes(pid_t pid) {
   return 0;
 }
 
-// Samples the sum over this process, the pool's watching process and its workers until told to stop.
-class PeakPss {
- public:
-  explicit PeakPss(const Pool& pool, pid_t watching)
-      : thread_([this, &pool, watching] {
-          while (!is_over_) {
-            std::uint64_t sum = pss_bytes(::getpid()) + pss_bytes(watching);
-            for (const pid_t pid : pool.workers()) sum += pss_bytes(pid);
-            peak_ = std::max(peak_, sum);
-          }
-        }) {}
-  std::uint64_t stop() {
-    is_over_ = true;
-    thread_.join();
-    return peak_;
-  }
-
- private:
-  std::atomic<bool> is_over_{false};
-  std::uint64_t peak_ = 0;
-  std::thread thread_;
+// Where the workers of a pool wait, each when it has done its share, until what all of them take is measured:
+// no other moment sees the most. Nothing waits for ever: a pool that loses a worker fails the job, and the
+// benchmark.
+struct Meeting {
+  std::atomic<std::uint32_t> arrived;
+  std::atomic<bool> is_over;
 };
+static_assert(std::atomic<bool>::is_always_lock_free, "processes share it");
+
+// The one that there is: workers have it if they were forked after the first call.
+Meeting& meeting() {
+  static auto* shared = new (map_fresh(sizeof(Meeting))) Meeting;
+  return *shared;
+}
+
+void twice_and_meet(std::span<const Item> in, std::span<Item> out) {
+  twice(in, out);
+  ++meeting().arrived;
+  while (!meeting().is_over) std::this_thread::yield();
+}
 
 }  // namespace
 
@@ -231,7 +230,10 @@ Jobs::Jobs(const EmbeddedDaemon& daemon, const Client& client)
         for (const std::size_t workers : kGangs) all.push_back(make_tasks(daemon, workers));
         return all;
       }()),
-      pool_(value_of(Pool::start(client, {.workers = kWorkers}))),
+      pool_([&] {
+        (void)meeting();
+        return value_of(Pool::start(client, {.workers = kWorkers}));
+      }()),
       input_([&] {
         auto writer = value_of(client.create("bench/rows", {Dtype::of<Item>(), {kRows}}));
         const auto items = value_of(writer.as<Item>());
@@ -286,9 +288,21 @@ void Jobs::add_large_jobs(const Plan& plan) {
       [this](benchmark::State& state) { time_each(state, [&] { (void)value_of(pool_.map(input_, sum)); }); });
   add("memory", plan, 1, [this](benchmark::State& state) {
     const pid_t watching = value_of(pool_.apply([] { return static_cast<int>(::getppid()); }));
-    PeakPss peak(pool_, watching);
-    time_each(state, [&] { (void)value_of(pool_.map(input_, twice)); });
-    state.counters["peak_mib"] = static_cast<double>(peak.stop()) / kMiB;
+    std::uint64_t most = 0;
+    time_each(state, [&] {
+      meeting().arrived = 0;
+      meeting().is_over = false;
+      std::thread measures([&] {
+        while (meeting().arrived < kWorkers) std::this_thread::yield();
+        std::uint64_t sum = pss_bytes(::getpid()) + pss_bytes(watching);
+        for (const pid_t pid : pool_.workers()) sum += pss_bytes(pid);
+        most = std::max(most, sum);
+        meeting().is_over = true;
+      });
+      (void)value_of(pool_.map(input_, twice_and_meet, {.chunks = kWorkers}));
+      measures.join();
+    });
+    state.counters["peak_mib"] = static_cast<double>(most) / kMiB;
   });
   add("double_pool_map", plan, 1, [](benchmark::State& state) {
     const auto script = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "pool_map.py";
