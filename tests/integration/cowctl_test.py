@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 BIN = Path()  # set by main
-TIMEOUT_S = 60
+TIMEOUT_S = 240  # a sanitizer on a busy machine
 MIB = 1 << 20
 NOBODY = 65534
 COUNTER = itertools.count(1)

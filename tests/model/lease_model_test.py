@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 MODEL = Path(__file__).with_name("lease.pml")
-TIMEOUT_S = 240
+TIMEOUT_S = 800
 STEP_LINES = 20
 
 # For the compiler of what Spin makes: https://spinroot.com/spin/Man/Pan.html. Partial order reduction is off:

@@ -229,7 +229,8 @@ void DaemonLifeTest::stop() {
 }
 
 Client DaemonLifeTest::connect(const std::string& command, Milliseconds reconnect) const {
-  auto client = Client::connect({.socket = socket(), .command = command, .reconnect = reconnect, .wait = reconnect});
+  auto client =
+      Client::connect({.socket = socket(), .command = command, .reconnect = reconnect, .wait = reconnect});
   if (!client) {
     ADD_FAILURE() << client.error().message;
     std::abort();  // there is nothing that the test could go on with
