@@ -213,18 +213,22 @@ TEST_F(ShmEnvTest, AFullFileSystemIsOutOfMemoryAndNothingIsLeft) {
 
 TEST_F(ShmEnvTest, HugePagesAreStillHadAfterTheMemoryWasFullOnce) {
   const auto said = say_in_small_shm(8 * kMib, [&] {
-    const auto huge_bytes = [&] {
-      auto segment = create(4 * kMib);
-      const auto usage = env_.usage(segment);
-      env_.remove(std::move(segment));
-      return usage ? usage->huge_bytes : 1;
+    // One attempt may fail for once, when the kernel has a page in its hands (EAGAIN), or no huge one free.
+    const auto has_huge_pages = [&] {
+      bool has = false;
+      for (int i = 0; i < 100 && !has; ++i) {
+        auto segment = create(4 * kMib);
+        const auto usage = env_.usage(segment);
+        has = usage && usage->huge_bytes > 0;
+        env_.remove(std::move(segment));
+      }
+      return has;
     };
-    const auto before = huge_bytes();
+    const bool before = has_huge_pages();
     auto most = env_.create(2, 7 * kMib, header_, {}, never_);
     const std::string full = result_of(try_create(2 * kMib));  // there is room for a page, not for a huge one
     if (most) env_.remove(*std::move(most));
-    return fmt::format("{}, {}", full,
-                       huge_bytes() == before ? "as before" : fmt::format("not as before: {}", before));
+    return fmt::format("{}, {}", full, has_huge_pages() == before ? "as before" : "not as before");
   });
   if (!said) GTEST_SKIP() << "no file system of its own for this user";
   EXPECT_EQ(*said, "out_of_memory, as before");
