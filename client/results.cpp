@@ -75,10 +75,15 @@ Result<Slots> ResultSetImpl::take_slots(LeaseReply& reply, std::shared_ptr<Mappi
     auto mapped = mapping_for(reply);
     if (!mapped) {
       std::vector<std::uint64_t> slots;
-      for (const auto* lease : *reply->slots()) slots.push_back(lease->slot());
+      std::vector<std::uint32_t>
+          attempts;  // another thread may have a later one when a daemon has died meanwhile
+      for (const auto* lease : *reply->slots()) {
+        slots.push_back(lease->slot());
+        attempts.push_back(lease->attempt());
+      }
       reply.let_go();
       (void)connection_->call<wire::Done>(
-          [&](Builder& b) { return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, false); });
+          [&](Builder& b) { return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, false, &attempts); });
       return error_of(std::move(mapped));
     }
     mapping = *std::move(mapped);

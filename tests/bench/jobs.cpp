@@ -90,8 +90,7 @@ std::uint64_t pss_bytes(pid_t pid) {
 }
 
 // Where the workers of a pool wait, each when it has done its share, until what all of them take is measured:
-// no other moment sees the most. Nothing waits for ever: a pool that loses a worker fails the job, and the
-// benchmark.
+// no other moment sees the most. No worker may be lost meanwhile: it would be counted twice.
 struct Meeting {
   std::atomic<std::uint32_t> arrived;
   std::atomic<bool> is_over;
@@ -299,7 +298,9 @@ void Jobs::add_large_jobs(const Plan& plan) {
         most = std::max(most, sum);
         meeting().is_over = true;
       });
+      const auto restarts = pool_.restarts();
       (void)value_of(pool_.map(input_, twice_and_meet, {.chunks = kWorkers}));
+      COWMGR_ASSERT(pool_.restarts() == restarts);
       measures.join();
     });
     state.counters["peak_mib"] = static_cast<double>(most) / kMiB;

@@ -429,7 +429,7 @@ class KnnDemoTest(unittest.TestCase):
             self.assertEqual((done.returncode, done.stderr), (2, b"usage: knn-worker K\n"), arguments)
 
     def test_worker_without_daemon(self):
-        done = subprocess.run([BIN / "knn-worker", "5"], capture_output=True, check=False,
+        done = subprocess.run([BIN / "knn-worker", "5"], stdin=subprocess.DEVNULL, capture_output=True, check=False,
                               env=os.environ | {"COWMGR_SOCKET": f"{self.folder}/none.sock"})
         self.assertEqual((done.returncode, done.stdout), (1, b""))
         self.assertRegex(done.stderr, rb"\Aknn-worker \d+: [^\n]+\n\Z")

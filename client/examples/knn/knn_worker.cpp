@@ -84,7 +84,7 @@ Result<Tally> classify_slots(ResultSet& predictions, const KnnClassifier& classi
 // Nobody wants our answers when the demo is gone; nor does a daemon of its own come back, for which we would
 // wait. The kernel tells of a death that is still to come (prctl(2)), our input of an earlier one.
 void end_with_the_demo() {
-  ::prctl(PR_SET_PDEATHSIG, SIGTERM);
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   pollfd input{STDIN_FILENO, 0, 0};
   if (::poll(&input, 1, 0) > 0 && (input.revents & POLLHUP) != 0) ::_exit(1);
 }
