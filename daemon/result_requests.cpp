@@ -490,20 +490,21 @@ Answer unmapped(Call& call, const wire::Unmapped& table) {
   co_return Reply{};
 }
 
-// Answers when the set has ended, when more slots are settled than `settled`, when anything changed since
-// revision `seen` but not before `pace_ms` are over, or at the deadline.
+// Answers when the set has ended, when more slots are settled than `settled`, or else, where that is not
+// asked for, when anything changed since revision `seen` but not before `pace_ms` are over; or at the
+// deadline.
 Answer wait_results(Call& call, const wire::WaitResults& table) {
   const Deadline deadline = deadline_after(table.wait_ms());
   const Deadline pace = std::min(deadline, deadline_after(table.pace_ms()));
+  const bool wants_settled = table.settled() != UINT64_MAX;
   for (bool is_late = table.wait_ms() == 0, is_paced = table.pace_ms() > 0;;) {
     const auto found = call.core.results.find(call.session->id(), table.set());
     if (!found) co_return error_of(found);
     const ResultSetRecord& set = **found;
-    const bool has_changed = !is_paced && set.revision != table.seen();
+    const bool has_changed = !wants_settled && !is_paced && set.revision != table.seen();
     if (is_late || set.table.settled() > table.settled() || has_changed ||
         (!set.is_open() && set.revision != table.seen()))
       co_return results_reply(call, set);
-    const bool wants_settled = table.settled() != UINT64_MAX;
     const WaitKey key{wants_settled ? Topic::slot_settled
                       : is_paced    ? Topic::set_ended
                                     : Topic::set_changed,

@@ -139,6 +139,23 @@ TEST_F(Protocol, IgnoresWhatIsNotThePeers) {
   EXPECT_EQ(peer.refusal([](Builder& b) { return wire::CreateMakeArray(b); }).code, Errc::invalid_dtype);
 }
 
+// And not before, or who waits for it would ask all the time.
+TEST_F(Protocol, AnswersAWaitForASettledSlotWhenOneIs) {
+  const Client client = connect();
+  auto set = client.create_ragged("set", 2);
+  ASSERT_THAT(set, Succeeds());
+  RawPeer peer = RawPeer::greeted(socket());
+  ASSERT_TRUE(
+      peer.request([&](Builder& b) { return wire::CreateWaitResults(b, set->info()->id, 0, 0, ~0U); }));
+  ASSERT_THAT(client.ping(), Succeeds());  // the daemon has seen the wait before it
+  ASSERT_THAT((*set->lease())->commit(), Succeeds());
+  const auto* reply = peer.receive();
+  ASSERT_NE(reply, nullptr);
+  const auto* results = reply->body_as<wire::Results>();
+  ASSERT_NE(results, nullptr);
+  EXPECT_EQ(results->sets()->Get(0)->committed(), 1U);
+}
+
 // The memory of a set is its workers' to write: whoever made it can neither seal nor abort it as an array.
 TEST_F(Protocol, KeepsTheMakerOfASetFromItsArray) {
   RawPeer peer = RawPeer::greeted(socket());
