@@ -72,7 +72,9 @@ class OutsideHands : public KeepingDaemonTest {
     put(client, "in the way", 2);
     fs::path file = file_of(client, "a");
     fs::remove(file);
-    EXPECT_TRUE(eventually([&] { return state_of(client, "a") == ArrayState::unlinked; }));
+    EXPECT_TRUE(eventually([&] {
+      return state_of(client, "a") == ArrayState::unlinked && info_of(client, "in the way").views == 0;
+    }));
     return file;
   }
   // As many bytes of capacity as `arrays` of this size take, and not one page more.
@@ -153,8 +155,10 @@ TEST_F(OutsideHands, AnUnlinkedArrayCanBeReplacedAndEvicted) {
   put(client, "a", 1);
   put(client, "b", 2);
   for (const auto* name : {"a", "b"}) fs::remove(file_of(client, name));
-  EXPECT_TRUE(eventually(
-      [&] { return state_of(client, "b") == ArrayState::unlinked && info_of(client, "a").views == 0; }));
+  EXPECT_TRUE(eventually([&] {
+    return state_of(client, "b") == ArrayState::unlinked && info_of(client, "a").views == 0 &&
+           info_of(client, "b").views == 0;
+  }));
   EXPECT_THAT(client.evict(std::vector<std::string>{"a"}), Succeeds());
   put(client, "b", 3, {.replace = true});
   expect_served(client, "b", 3);

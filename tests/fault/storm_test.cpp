@@ -230,7 +230,8 @@ class Storm : public DaemonLifeTest {
     // What was replaced while somebody viewed it who is dead by now: the daemon gives him time to come back.
     EXPECT_TRUE(eventually([&] {
       const auto arrays = arrays_of(*client_);
-      return std::ranges::none_of(arrays, [](const auto& one) { return one.state == ArrayState::draining; });
+      return std::ranges::none_of(
+          arrays, [](const auto& one) { return one.state == ArrayState::draining || one.views > 0; });
     }));
     for (const auto& array : arrays_of(*client_)) {
       const bool is_of_set = array.name.starts_with("set ");  // a detached one goes on without its maker

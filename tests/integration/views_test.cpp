@@ -184,7 +184,10 @@ TEST_F(Views, AreEvictedByPattern) {
 
 TEST_F(Views, LetTheLeastRecentlyUsedGoFirst) {
   const Client client = connect();
-  for (const std::string name : {"a", "b", "c", "d"}) (void)put(client, name);
+  for (const std::string name : {"a", "b", "c", "d"}) {
+    (void)put(client, name);
+    ASSERT_TRUE(nothing_is_viewed(client)) << "the release, too, is a use";
+  }
   ASSERT_THAT(client.attach("a"), Succeeds());
   ASSERT_TRUE(nothing_is_viewed(client));
   const auto held = client.attach("b");

@@ -81,7 +81,7 @@ class TemporaryDirectory {
 
 class ServiceManager;
 
-inline constexpr int kClosed = -2;
+inline constexpr int kClosed = -2;  // no descriptor at all
 
 // What is started, where that is not the daemon as everybody has it.
 struct Launch {
