@@ -13,7 +13,6 @@ namespace {
 
 using State = ArrayRecord::State;
 
-constexpr std::size_t kNamedHolders = 3;                // in the message of out_of_memory
 constexpr std::uint32_t kMaxViews = UINT32_MAX - 1024;  // of one array; a request adds 64 at most
 
 bool matches(const std::string& pattern, const std::string& name) {
@@ -166,57 +165,6 @@ const ArrayRecord* Store::being_written(const std::string& name) const {
   return nullptr;
 }
 
-Result<void> Store::make_room(std::uint64_t size_bytes) {
-  if (size_bytes > options_.capacity_bytes) return tl::unexpected(no_room(size_bytes));
-  const auto is_short = [&] {
-    return used_bytes_ - reclaiming_bytes_ > options_.capacity_bytes - size_bytes;
-  };
-  if (is_short() &&
-      memory_use().evictable_bytes + options_.capacity_bytes - size_bytes < used_bytes_ - reclaiming_bytes_) {
-    return tl::unexpected(no_room(size_bytes));
-  }
-  if (is_short()) {
-    for (auto* victim :
-         least_recently_used([](const ArrayRecord& record) { return record.is_reclaimable(); })) {
-      drain(*victim);
-      if (!is_short()) break;
-    }
-  }
-  // What was evicted is still being given back: the caller tries again when it is.
-  if (used_bytes_ > options_.capacity_bytes - size_bytes) return tl::unexpected(no_room(size_bytes));
-  return {};
-}
-
-Error Store::no_room(std::uint64_t size_bytes) const {
-  const MemoryUse use = memory_use();
-  const std::uint64_t free_bytes = use.capacity_bytes - std::min(use.capacity_bytes, use.used_bytes);
-  return {
-      Errc::out_of_memory,
-      fmt::format("this needs {}; of the capacity of {}, {} is free, {} evictable, {} pinned, {} in use{}; "
-                  "evict or unpin arrays, or start the daemon with a larger --capacity",
-                  format_size(size_bytes), format_size(use.capacity_bytes), format_size(free_bytes),
-                  format_size(use.evictable_bytes), format_size(use.pinned_bytes),
-                  format_size(use.viewed_bytes), largest_holders())};
-}
-
-// " (held by process 12: 3 GiB, process 13: 1 GiB)", the largest first.
-std::string Store::largest_holders() const {
-  std::vector<std::pair<std::uint64_t, pid_t>> holders;
-  for (const auto& [session, held] : sessions_) {
-    std::uint64_t size_bytes = 0;
-    for (const auto& [id, count] : held.views) size_bytes += records_.at(id).segment_bytes();
-    for (const ArrayId id : held.writing) size_bytes += records_.at(id).segment_bytes();
-    if (size_bytes > 0) holders.emplace_back(size_bytes, held.peer.pid);
-  }
-  std::sort(holders.rbegin(), holders.rend());
-  std::string text;
-  for (std::size_t i = 0; i < std::min(holders.size(), kNamedHolders); ++i) {
-    text += fmt::format("{}process {}: {}", i == 0 ? " (held by " : ", ", holders[i].second,
-                        format_size(holders[i].first));
-  }
-  return text.empty() ? text : text + ")";
-}
-
 Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
   if (orphans_.erase(id) > 0) {
     garbage_.push_back(std::move(segment));  // being given back already
@@ -319,50 +267,6 @@ void Store::publish(ArrayRecord& record, Time now) {
   }
   current = record.id;
   if (previous != 0) drain(records_.at(previous));
-}
-
-// ---- Memory that is no array ----
-
-// The quota first: who may not have the memory must not evict others for it.
-Result<void> Store::charge_segment(uid_t owner, std::uint64_t size_bytes) {
-  if (auto ok = quota_.charge_array(owner, size_bytes); !ok) return ok;
-  if (auto ok = make_room(size_bytes); !ok) {
-    quota_.release_array(owner, size_bytes);
-    return ok;
-  }
-  used_bytes_ += size_bytes;
-  return {};
-}
-
-Result<void> Store::charge_growth(uid_t owner, std::uint64_t size_bytes) {
-  if (auto ok = quota_.charge_bytes(owner, size_bytes); !ok) return ok;
-  if (auto ok = make_room(size_bytes); !ok) {
-    quota_.release_bytes(owner, size_bytes);
-    return ok;
-  }
-  used_bytes_ += size_bytes;
-  return {};
-}
-
-void Store::take_over_segment(uid_t owner, std::uint64_t size_bytes) {
-  quota_.take_over_array(owner, size_bytes);
-  used_bytes_ += size_bytes;
-}
-
-void Store::release_segment(uid_t owner, std::uint64_t size_bytes) {
-  quota_.release_array(owner, size_bytes);
-  used_bytes_ -= size_bytes;
-}
-
-void Store::release_growth(uid_t owner, std::uint64_t size_bytes) {
-  quota_.release_bytes(owner, size_bytes);
-  used_bytes_ -= size_bytes;
-}
-
-void Store::discard(uid_t owner, Segment segment) {
-  env_.unlink(segment);
-  quota_.release_array(owner, segment.size_bytes);
-  throw_away(std::move(segment));
 }
 
 // ---- Using them ----
@@ -504,31 +408,6 @@ Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::stri
   return out;
 }
 
-Result<Store::Evicted> Store::evict_lru(SessionId session, std::uint64_t size_bytes) {
-  Evicted out;
-  const auto is_wanted = [&](const ArrayRecord& record) {
-    return record.state == State::sealed && !record.pinned && record.views == 0 &&
-           may(session, record, Right::write);
-  };
-  for (ArrayRecord* record : least_recently_used(is_wanted)) {
-    if (out.freed_bytes >= size_bytes) break;
-    out.names.push_back(record->name);
-    out.freed_bytes += record->segment_bytes();
-    drain(*record);
-  }
-  return out;
-}
-
-std::vector<ArrayRecord*> Store::least_recently_used(const std::function<bool(const ArrayRecord&)>& wanted) {
-  std::vector<ArrayRecord*> found;
-  for (auto& [id, record] : records_) {
-    if (wanted(record)) found.push_back(&record);
-  }
-  std::sort(found.begin(), found.end(),
-            [](const ArrayRecord* a, const ArrayRecord* b) { return a->last_used < b->last_used; });
-  return found;
-}
-
 Result<std::vector<std::string>> Store::pin(SessionId session, std::span<const std::string> patterns,
                                             bool pinned) {
   auto matched = match_to_change(session, patterns);
@@ -574,17 +453,6 @@ void Store::drop(ArrayId id) {
   orphans_.emplace(id, record.segment_bytes());
 }
 
-void Store::throw_away(Segment segment) {
-  reclaiming_bytes_ += segment.size_bytes;
-  garbage_.push_back(std::move(segment));
-}
-
-void Store::reclaimed(std::uint64_t size_bytes) {
-  COWMGR_ASSERT(reclaiming_bytes_ >= size_bytes && used_bytes_ >= size_bytes);
-  reclaiming_bytes_ -= size_bytes;
-  used_bytes_ -= size_bytes;
-}
-
 // ---- Outside hands ----
 
 const ArrayRecord* Store::mark_tampered(int lease_fd) {
@@ -623,52 +491,6 @@ bool Store::note_unlinked(ArrayId id) {
   return true;
 }
 
-Result<const ArrayRecord*> Store::begin_rewrite(ArrayId id) {
-  ArrayRecord& record = records_.at(id);
-  if (!ShmEnv::has_lost_name(record.segment)) {
-    record.is_unlinked = false;
-    unlinked_.erase(id);
-    return fail(Errc::already_exists, "its file is there again");
-  }
-  const std::uint64_t size_bytes = record.segment_bytes();
-  if (size_bytes > options_.capacity_bytes || used_bytes_ > options_.capacity_bytes - size_bytes)
-    return tl::unexpected(no_room(size_bytes));
-  used_bytes_ += size_bytes;
-  rewriting_.emplace(id, size_bytes);
-  return &record;
-}
-
-bool Store::end_rewrite(ArrayId id, std::optional<Segment> copy) {
-  const std::uint64_t size_bytes = rewriting_.extract(id).mapped();
-  if (!copy) {
-    used_bytes_ -= size_bytes;
-    return false;
-  }
-  if (!is_wanted(id, *copy)) {
-    if (!ShmEnv::has_lost_name(*copy)) env_.unlink(*copy);
-    copy->name.clear();  // by now it may be another's
-    throw_away(*std::move(copy));
-    return false;
-  }
-  ArrayRecord& record = records_.at(id);
-  unlinked_.erase(id);
-  record.is_unlinked = false;
-  Segment& older = record.older.emplace_back(std::exchange(record.segment, *std::move(copy)));
-  (void)env_.mark_draining(older);  // it must not come back where a descriptor of it is kept
-  older.name.clear();               // that is the copy's
-  served_.push_back(id);
-  drop_views(record, 0);  // without any, the old memory goes now
-  return true;
-}
-
-// The array may have been evicted, or its name taken, or somebody may have harmed the copy already. If all is
-// well, this is where the next daemon will find the copy: the mark says so, and whether it is pinned by now.
-bool Store::is_wanted(ArrayId id, const Segment& copy) const {
-  if (!unlinked_.contains(id) || ShmEnv::has_lost_name(copy)) return false;
-  if (env_.has_leases() && ShmEnv::is_lease_broken(copy.lease.get())) return false;
-  return env_.mark_pinned(copy, records_.at(id).pinned).has_value();
-}
-
 // ---- Looking ----
 
 const ArrayRecord* Store::find(ArrayId id) const {
@@ -697,17 +519,6 @@ std::vector<const ArrayRecord*> Store::list(SessionId session, std::string_view 
 
 bool Store::may(SessionId session, const ArrayRecord& record, Right right) const {
   return is_allowed(holdings(session).peer, record.owner, right, options_.admin);
-}
-
-MemoryUse Store::memory_use() const {
-  MemoryUse use{.capacity_bytes = options_.capacity_bytes, .used_bytes = used_bytes_};
-  for (const auto& [id, record] : records_) {
-    const std::uint64_t size_bytes = record.segment_bytes();
-    if (record.pinned) use.pinned_bytes += size_bytes;
-    if (record.is_reclaimable()) use.evictable_bytes += size_bytes;
-    if (record.views > 0) use.viewed_bytes += size_bytes;
-  }
-  return use;
 }
 
 std::uint32_t Store::views_of(SessionId session, ArrayId id) const {
