@@ -93,7 +93,7 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
   const bool is_there = core.sessions.contains(hello->join());
   if (hello->join() != 0 && (is_there || !hello->resume())) return join(core, peer, hello->join());
   // A session of an earlier daemon: its number says whose it was, and the kernel who asks.
-  const bool is_own = hello->join() != 0 && peer.pid > 0 && pid_of(hello->join()) == peer.pid;
+  const bool is_own = is_session_id(hello->join()) && peer.pid > 0 && pid_of(hello->join()) == peer.pid;
   const SessionId id = is_own ? hello->join() : new_session_id(core, peer.pid);
   if (is_own && core.has_come_back(id)) spdlog::debug("process {} came back to its session", peer.pid);
   return open_session(core, peer, view_of(hello->command()), std::move(pidfd), id);

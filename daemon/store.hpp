@@ -50,8 +50,10 @@ struct CreateRequest {
   std::optional<Ownership> owner{};  // default: the session's peer, with `mode`
 };
 
-// The daemon's own session: it writes what belongs to a result set, and goes with that.
-inline constexpr SessionId kHouse = UINT64_MAX;
+// The daemon's own session: it writes what belongs to a result set, and goes with that. No peer's session can
+// have this number, and it names no process.
+inline constexpr SessionId kHouse = SessionId{1} << 63U;
+static_assert(!is_session_id(kHouse) && pid_of(kHouse) == 0);
 
 struct ArrayRecord {
   enum class State : std::uint8_t { reserved, writing, sealed, draining, tampered };

@@ -21,6 +21,11 @@ inline constexpr int kSessionRandomBits = 31;
 [[nodiscard]] constexpr SessionId session_id(std::uint64_t random, pid_t pid) noexcept {
   return (random & ((std::uint64_t{1} << kSessionRandomBits) - 1)) << kPidBits | static_cast<SessionId>(pid);
 }
+// Whether it is a number that session_id() makes. All others may mean something inside a program: whatever
+// comes from outside is asked this first.
+[[nodiscard]] constexpr bool is_session_id(std::uint64_t number) noexcept {
+  return number != 0 && number >> (kSessionRandomBits + kPidBits) == 0;
+}
 [[nodiscard]] constexpr pid_t pid_of(SessionId session) noexcept {
   return static_cast<pid_t>(session & ((SessionId{1} << kPidBits) - 1));
 }
