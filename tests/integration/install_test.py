@@ -1,37 +1,96 @@
-"""Installs the build, and builds and runs a program outside this project against what was installed.
+"""Builds and runs a program outside this project, in both ways that the README names: against what was installed, and
+with this project as a directory of its own.
 
-Usage: install_test.py BUILD_DIR
+Usage: install_test.py BUILD_DIR SOURCE_DIR
 """
 
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
-import tempfile
+
+# Where the headers of other projects that ours include come from. find_package(cowmgr) must look for each.
+PACKAGES = {"boost": "Boost", "cereal": "cereal", "tl": "tl-expected"}
+OUR_OWN = {"cowmgr", "proto", "sys"}
+# Nobody needs these who wants the library alone.
+NOT_FOR_THE_LIBRARY = ("benchmark", "CLI11", "GTest", "nlohmann_json", "PkgConfig", "spdlog")
+
+build = pathlib.Path(sys.argv[1])
+project = pathlib.Path(sys.argv[2])
+scratch = build / "install_test"  # the same each time, so that ccache knows the files again
+prefix = scratch / "prefix"
+
+
+def attempt(*command, **options):
+    return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options)
 
 
 def run(*command, **options):
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    done = attempt(*command, **options)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout}")
     return done.stdout
 
 
-def main():
-    build = pathlib.Path(sys.argv[1])
-    source = pathlib.Path(__file__).parent / "consumer"
-    with tempfile.TemporaryDirectory() as scratch:
-        prefix = pathlib.Path(scratch) / "prefix"
-        binary = pathlib.Path(scratch) / "consumer"
-        run("cmake", "--install", build, "--prefix", prefix)
-        for program in ("cowmgr", "cowctl"):
-            run(prefix / "bin" / program, "--version")
-        run("cmake", "-S", source, "-B", binary, f"-DCMAKE_PREFIX_PATH={prefix}")
-        run("cmake", "--build", binary)
-        environment = dict(os.environ, COWMGR_DAEMON=str(prefix / "bin" / "cowmgr"))
-        said = run(binary / "consumer", env=environment)
-        if said.strip() != "3":
-            sys.exit(f"the consumer said {said!r}, not 3")
+def check(holds, complaint):
+    if not holds:
+        sys.exit(complaint)
 
 
-main()
+def configure(binary, *definitions):
+    launcher = shutil.which("ccache")
+    cached = [f"-DCMAKE_CXX_COMPILER_LAUNCHER={launcher}"] if launcher else []
+    return ("cmake", "-G", "Ninja", "-S", project / "tests/integration/consumer", "-B", binary, *cached, *definitions)
+
+
+def disabled(package):
+    return f"-DCMAKE_DISABLE_FIND_PACKAGE_{package}=ON"
+
+
+def consume(binary, *definitions):
+    """The consumer asks for no C++ standard: the library's target must."""
+    run(*configure(binary, *definitions))
+    run("cmake", "--build", binary)
+    said = run(binary / "consumer", env=dict(os.environ, COWMGR_DAEMON=str(build / "bin" / "cowmgr")))
+    check(said.strip() == "3", f"the consumer said {said!r}, not 3")
+
+
+def included_packages():
+    """The projects whose headers an installed header includes."""
+    folders = set()
+    for header in (prefix / "include").rglob("*.hpp"):
+        folders |= set(re.findall(r'^#include [<"]([\w-]+)/', header.read_text(), re.MULTILINE))
+    unknown = folders - OUR_OWN - PACKAGES.keys()
+    check(not unknown, f"an installed header includes <{unknown}/...>: say here and in cowmgr-config.cmake.in whose it is")
+    return {PACKAGES[folder] for folder in folders - OUR_OWN}
+
+
+def test_installed():
+    run("cmake", "--install", build, "--prefix", prefix)
+    for program in ("cowmgr", "cowctl"):
+        run(prefix / "bin" / program, "--version")
+    consume(scratch / "installed", f"-DCMAKE_PREFIX_PATH={prefix}")
+
+
+def test_installed_names_what_is_missing():
+    for package in sorted(included_packages()):
+        binary = scratch / "incomplete"
+        shutil.rmtree(binary, ignore_errors=True)
+        done = attempt(*configure(binary, f"-DCMAKE_PREFIX_PATH={prefix}", disabled(package)))
+        check(done.returncode != 0 and package in done.stdout,
+              f"find_package(cowmgr) does not look for {package}:\n{done.stdout}")
+
+
+def test_directory_of_a_project():
+    binary = scratch / "directory"
+    consume(binary, f"-DCOWMGR_SOURCE_DIR={project}", *map(disabled, NOT_FOR_THE_LIBRARY))
+    built = {file.name for file in binary.rglob("*") if file.suffix in (".a", ".so") or file.parent.name == "bin"}
+    check(built == {"libcowmgr.a", "libcowmgr_proto.a"}, f"add_subdirectory built {sorted(built)}")
+
+
+shutil.rmtree(scratch, ignore_errors=True)
+test_installed()
+test_installed_names_what_is_missing()
+test_directory_of_a_project()
