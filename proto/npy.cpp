@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string_view>
 
 #include <fmt/format.h>
@@ -42,6 +43,43 @@ std::string utf8_of_latin1(std::string_view text) {
     }
   }
   return out;
+}
+
+// Nothing if there is another code point.
+std::optional<std::string> latin1_of_utf8(std::string_view text) {
+  std::string out;
+  while (!text.empty()) {
+    const auto [code, length] = decode_utf8(text);
+    if (code > 0xFF) return std::nullopt;
+    out.push_back(static_cast<char>(code));
+    text.remove_prefix(length);
+  }
+  return out;
+}
+
+std::string dict_of(const ArraySpec& spec, bool is_fortran) {
+  return fmt::format("{{'descr': {}, 'fortran_order': {}, 'shape': {}, }}", spec.dtype.to_literal(),
+                     is_fortran ? "True" : "False", to_string(spec.shape));
+}
+
+// `dict`, filled up with spaces and a newline to `text_bytes`, after what stands before it.
+std::string header_of(int major, std::string_view dict, std::size_t text_bytes) {
+  const std::size_t length_bytes = major == 1 ? 2 : 4;
+  std::string header(kMagic);
+  header += static_cast<char>(major);
+  header += '\0';
+  for (std::size_t i = 0; i < length_bytes; ++i) header += static_cast<char>(text_bytes >> (8 * i) & 0xFFU);
+  const std::size_t end = header.size() + text_bytes;
+  header += dict;
+  header.resize(end - 1, ' ');
+  return header + '\n';
+}
+
+// Whether Fortran order is another than C order: not with one axis that counts, nor without any item.
+bool is_fortran_alone(const ArraySpec& spec) {
+  const auto is_empty = [](std::uint64_t dim) { return dim == 0; };
+  if (spec.order == Order::c || std::ranges::any_of(spec.shape, is_empty)) return false;
+  return std::ranges::count_if(spec.shape, [](std::uint64_t dim) { return dim > 1; }) > 1;
 }
 
 struct Prelude {
@@ -123,9 +161,7 @@ std::string to_string(const Shape& shape) {
 
 Result<std::string> make_npy_header(const ArraySpec& spec, std::size_t padded_bytes) {
   COWMGR_ASSERT(padded_bytes <= kMaxNpyHeaderBytes);  // version 1's length field has 16 bits
-  const std::string dict =
-      fmt::format("{{'descr': {}, 'fortran_order': {}, 'shape': {}, }}", spec.dtype.to_literal(),
-                  spec.order == Order::fortran ? "True" : "False", to_string(spec.shape));
+  const std::string dict = dict_of(spec, spec.order == Order::fortran);
   // Version 3 is version 2 with UTF-8 instead of Latin-1; version 1 has a shorter length field.
   const bool is_v1 = is_ascii(dict);
   const std::size_t prelude = is_v1 ? 10 : 12;
@@ -134,15 +170,27 @@ Result<std::string> make_npy_header(const ArraySpec& spec, std::size_t padded_by
                 fmt::format("the dtype's description has {} bytes, which does not fit in the header of {}",
                             spec.dtype.str().size(), padded_bytes));
   }
-  std::string header(kMagic);
-  header += is_v1 ? '\1' : '\3';
-  header += '\0';
-  const std::size_t text_bytes = padded_bytes - prelude;
-  for (std::size_t i = 0; i < prelude - 8; ++i) header += static_cast<char>(text_bytes >> (8 * i) & 0xFFU);
-  header += dict;
-  header.resize(padded_bytes - 1, ' ');
-  header += '\n';
-  return header;
+  return header_of(is_v1 ? 1 : 3, dict, padded_bytes - prelude);
+}
+
+std::string make_numpy_header(const ArraySpec& spec) {
+  constexpr std::size_t kGrowthDigits = 21;  // numpy.lib.format.GROWTH_AXIS_MAX_DIGITS
+  constexpr std::size_t kAlignment = 64;     // ARRAY_ALIGN
+  const bool is_fortran = is_fortran_alone(spec);
+  std::string dict = dict_of(spec, is_fortran);
+  if (!spec.shape.empty()) {
+    const auto axis = std::to_string(is_fortran ? spec.shape.back() : spec.shape.front());
+    dict.append(kGrowthDigits - axis.size(), ' ');
+  }
+  const auto latin1 = latin1_of_utf8(dict);
+  const std::string& text = latin1 ? *latin1 : dict;
+  // Where all is aligned already NumPy adds 64 bytes more.
+  const auto bytes_after = [&](std::size_t prelude) {
+    return (prelude + text.size() + 1) / kAlignment * kAlignment + kAlignment - prelude;
+  };
+  const bool is_v1 = latin1 && bytes_after(10) <= UINT16_MAX;
+  if (is_v1) return header_of(1, text, bytes_after(10));
+  return header_of(latin1 ? 2 : 3, text, bytes_after(12));
 }
 
 Result<std::uint64_t> npy_header_bytes(std::span<const std::byte> prelude) {

@@ -40,6 +40,12 @@ struct ArraySpec {
 // the type's text does not fit.
 [[nodiscard]] Result<std::string> make_npy_header(const ArraySpec& spec, std::size_t padded_bytes);
 
+// The header that numpy.save writes of the same array, byte for byte (NumPy 1.23 and later): as short as it
+// can be, with room for the growing axis to get longer, up to a multiple of 64 bytes; of the oldest format
+// version that can say it. NumPy calls an array Fortran-ordered only where its bytes do not lie in C order as
+// well.
+[[nodiscard]] std::string make_numpy_header(const ArraySpec& spec);
+
 struct NpyHeader {
   ArraySpec spec;
   std::uint64_t data_offset = 0;  // bytes from the start of the file

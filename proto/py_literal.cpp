@@ -1,6 +1,7 @@
 #include "proto/py_literal.hpp"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 
 #include <fmt/format.h>
@@ -23,13 +24,37 @@ std::string utf8_of(std::uint32_t code) {
   return {static_cast<char>(0xF0U | code >> 18U), tail(12), tail(6), tail(0)};
 }
 
-// One byte as repr() writes it.
-std::string escaped(char c) {
-  constexpr std::string_view kSpecial = "\\'\n\r\t";
-  constexpr std::string_view kSpelled = "\\'nrt";
-  if (const auto at = kSpecial.find(c); at != std::string_view::npos) return {'\\', kSpelled[at]};
-  const auto byte = static_cast<unsigned char>(c);
-  return byte < 0x20 || byte == 0x7F ? fmt::format("\\x{:02x}", byte) : std::string{c};
+struct Range {
+  std::uint32_t first;
+  std::uint32_t last;
+};
+
+// What str.isprintable() denies, beyond ASCII: the categories Cc, Cf, Co, Zl, Zp and Zs of Unicode 15.
+constexpr std::array<Range, 27> kUnprintable = {
+    {{0x80, 0xA0},       {0xAD, 0xAD},        {0x600, 0x605},     {0x61C, 0x61C},     {0x6DD, 0x6DD},
+     {0x70F, 0x70F},     {0x890, 0x891},      {0x8E2, 0x8E2},     {0x1680, 0x1680},   {0x180E, 0x180E},
+     {0x2000, 0x200F},   {0x2028, 0x202F},    {0x205F, 0x2064},   {0x2066, 0x206F},   {0x3000, 0x3000},
+     {0xE000, 0xF8FF},   {0xFEFF, 0xFEFF},    {0xFFF9, 0xFFFB},   {0x110BD, 0x110BD}, {0x110CD, 0x110CD},
+     {0x13430, 0x1343F}, {0x1BCA0, 0x1BCA3},  {0x1D173, 0x1D17A}, {0xE0001, 0xE0001}, {0xE0020, 0xE007F},
+     {0xF0000, 0xFFFFD}, {0x100000, 0x10FFFD}}};
+
+bool is_printable(std::uint32_t code) {
+  if (code < 0x80) return code >= 0x20 && code != 0x7F;
+  return std::ranges::none_of(kUnprintable,
+                              [=](const Range& range) { return range.first <= code && code <= range.last; });
+}
+
+// One code point as repr() writes it between these quotes.
+std::string escaped(std::uint32_t code, char quote) {
+  constexpr std::string_view kSpecial = "\\\n\r\t";
+  constexpr std::string_view kSpelled = "\\nrt";
+  if (code == static_cast<unsigned char>(quote)) return {'\\', quote};
+  if (const auto at = code < 0x80 ? kSpecial.find(static_cast<char>(code)) : std::string_view::npos;
+      at != std::string_view::npos)
+    return {'\\', kSpelled[at]};
+  if (is_printable(code)) return utf8_of(code);
+  if (code < 0x100) return fmt::format("\\x{:02x}", code);
+  return code < 0x10000 ? fmt::format("\\u{:04x}", code) : fmt::format("\\U{:08x}", code);
 }
 
 class Parser {
@@ -190,19 +215,17 @@ Result<PyLiteral> parse_py_literal(std::string_view text) {
 }
 
 std::string py_quote(std::string_view text) {
-  std::string out = "'";
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto byte = static_cast<unsigned char>(text[i]);
-    // U+0080 to U+009F are C2 80 to C2 9F in UTF-8; other control characters are one byte.
-    const auto next = i + 1 < text.size() ? static_cast<unsigned char>(text[i + 1]) : 0U;
-    if (byte == 0xC2 && next >= 0x80 && next < 0xA0) {
-      out += fmt::format("\\x{:02x}", next);
-      ++i;
-    } else {
-      out += escaped(text[i]);
-    }
+  const bool has_single_alone =
+      text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos;
+  const char quote = has_single_alone ? '"' : '\'';
+  std::string out{quote};
+  while (!text.empty()) {
+    const auto [code, length] = decode_utf8(text);
+    COWMGR_ASSERT(length > 0);
+    out += escaped(code, quote);
+    text.remove_prefix(length);
   }
-  return out + "'";
+  return out + quote;
 }
 
 }  // namespace cowmgr

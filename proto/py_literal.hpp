@@ -32,7 +32,9 @@ struct PyLiteral {
 // text cannot exhaust the stack. Errors: invalid_file, with the offset of what was not understood.
 [[nodiscard]] Result<PyLiteral> parse_py_literal(std::string_view text);
 
-// `text` as Python's repr() spells a str: quoted, with quotes, backslashes and control characters escaped.
+// `text`, which is UTF-8, as Python's repr() spells a str: in single quotes, or in double ones where it holds
+// single ones alone; what is not printable is escaped. Code points that Unicode has not assigned yet are not:
+// which these are depends on Python's version, and either spelling means the same.
 [[nodiscard]] std::string py_quote(std::string_view text);
 
 }  // namespace cowmgr

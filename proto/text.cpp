@@ -13,28 +13,6 @@ namespace {
 
 constexpr std::size_t kMaxPrinted = 120;
 
-struct Decoded {
-  std::uint32_t code_point;
-  std::size_t length;  // 0: malformed
-};
-
-// One code point at the start of `bytes`, which is not empty.
-Decoded decode_utf8(std::string_view bytes) noexcept {
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
-  if (byte(0) < 0x80) return {byte(0), 1};
-  const std::size_t length = byte(0) >= 0xF0 ? 4 : byte(0) >= 0xE0 ? 3 : 2;
-  if (byte(0) < 0xC2 || byte(0) > 0xF4 || bytes.size() < length) return {0, 0};
-  std::uint32_t code = byte(0) & (0xFFU >> (length + 1));
-  for (std::size_t i = 1; i < length; ++i) {
-    if ((byte(i) & 0xC0U) != 0x80) return {0, 0};
-    code = (code << 6U) | (byte(i) & 0x3FU);
-  }
-  constexpr std::array<std::uint32_t, 5> kLeast = {0, 0, 0x80, 0x800, 0x10000};
-  const bool is_surrogate = code >= 0xD800 && code <= 0xDFFF;
-  if (code < kLeast[length] || code > 0x10FFFF || is_surrogate) return {0, 0};
-  return {code, length};
-}
-
 bool is_control(std::uint32_t code) noexcept {
   return code < 0x20 || (code >= 0x7F && code < 0xA0);
 }
@@ -62,6 +40,22 @@ std::string_view shown(std::string_view text) {
 }
 
 }  // namespace
+
+Decoded decode_utf8(std::string_view bytes) noexcept {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
+  if (byte(0) < 0x80) return {byte(0), 1};
+  const std::size_t length = byte(0) >= 0xF0 ? 4 : byte(0) >= 0xE0 ? 3 : 2;
+  if (byte(0) < 0xC2 || byte(0) > 0xF4 || bytes.size() < length) return {0, 0};
+  std::uint32_t code = byte(0) & (0xFFU >> (length + 1));
+  for (std::size_t i = 1; i < length; ++i) {
+    if ((byte(i) & 0xC0U) != 0x80) return {0, 0};
+    code = (code << 6U) | (byte(i) & 0x3FU);
+  }
+  constexpr std::array<std::uint32_t, 5> kLeast = {0, 0, 0x80, 0x800, 0x10000};
+  const bool is_surrogate = code >= 0xD800 && code <= 0xDFFF;
+  if (code < kLeast[length] || code > 0x10FFFF || is_surrogate) return {0, 0};
+  return {code, length};
+}
 
 bool is_utf8(std::string_view bytes) noexcept {
   while (!bytes.empty()) {

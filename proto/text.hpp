@@ -22,6 +22,14 @@ inline constexpr std::size_t kMaxNameBytes = 255;  // fits the trailer's field, 
 // Whether `bytes` is well-formed UTF-8 (Unicode 15, table 3-7: no surrogates, no overlong forms).
 [[nodiscard]] bool is_utf8(std::string_view bytes) noexcept;
 
+// The code point that `bytes`, which is not empty, starts with, and its number of bytes: 0 where that is
+// malformed.
+struct Decoded {
+  std::uint32_t code_point = 0;
+  std::size_t length = 0;
+};
+[[nodiscard]] Decoded decode_utf8(std::string_view bytes) noexcept;
+
 // `text` quoted for a message or a log line: what is not printable is escaped, what is long is cut.
 [[nodiscard]] std::string printable(std::string_view text);
 

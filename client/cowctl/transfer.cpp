@@ -9,7 +9,6 @@
 #include "client/cowctl/commands.hpp"
 #include "client/cowctl/npy_file.hpp"
 #include "client/cowctl/output_file.hpp"
-#include "proto/segment.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr::cli {
@@ -65,9 +64,8 @@ std::string transfer_text(const Array& array, Clock::duration elapsed) {
 }
 
 Result<void> write_npy(OutputFile& file, const Array& array, const Options& options) {
-  const auto header = make_npy_header(array.spec(), kDataOffset);
-  if (!header) return error_of(header);
-  if (auto ok = file.write(std::as_bytes(std::span(*header))); !ok) return ok;
+  const std::string header = make_numpy_header(array.spec());
+  if (auto ok = file.write(std::as_bytes(std::span(header))); !ok) return ok;
   const auto bytes = array.bytes();
   ProgressBar bar("get " + array.name(), bytes.size(), Progress::Unit::bytes, progress_of(options));
   for (std::size_t done = 0; done < bytes.size();) {

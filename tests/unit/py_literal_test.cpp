@@ -270,7 +270,8 @@ TEST(PyQuote, SpellsAStringAsPythonReadsIt) {
   for (const auto& [text, expected] :
        std::vector<Case>{{"", "''"},
                          {"<f4", "'<f4'"},
-                         {"it's", R"('it\'s')"},
+                         {"it's", R"("it's")"},
+                         {"it's \"", R"('it\'s "')"},
                          {"\"", R"('"')"},
                          {"a\\b", R"('a\\b')"},
                          {"a\nb", R"('a\nb')"},
@@ -278,7 +279,10 @@ TEST(PyQuote, SpellsAStringAsPythonReadsIt) {
                          {"\0"s, R"('\x00')"},
                          {"\x1F\x7F", R"('\x1f\x7f')"},
                          {"\xC2\x80\xC2\x9F", R"('\x80\x9f')"},
-                         {"\xC2\xA0", "'\xC2\xA0'"},
+                         {"\xC2\xA0", R"('\xa0')"},
+                         {"\xC2\xA1", "'\xC2\xA1'"},
+                         {"\xE2\x80\x8B", R"('\u200b')"},
+                         {"\xF3\xA0\x80\x81", R"('\U000e0001')"},
                          {"\xC3\xA9\xF0\x9F\x90\x84", "'\xC3\xA9\xF0\x9F\x90\x84'"}}) {
     EXPECT_EQ(py_quote(text), expected);
   }
