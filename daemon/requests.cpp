@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <set>
 #include <unistd.h>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
+#include "daemon/bounds.hpp"
 #include "daemon/result_requests.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
@@ -16,7 +18,6 @@ namespace cowmgr {
 namespace {
 
 constexpr std::size_t kReplyBytesUsed = 127U << 10U;  // the rest of a frame is for what holds the items
-constexpr std::size_t kMaxPatterns = 64;              // of one request
 // How long a seal waits for the kernel to forget a mapping that was just given up.
 constexpr auto kSealPatience = std::chrono::milliseconds(200);
 constexpr auto kSealRetry = std::chrono::milliseconds(2);
@@ -80,10 +81,6 @@ Result<Reply> views_reply(Call& call, const std::vector<const ArrayRecord*>& rec
 
 Answer attach(Call& call, const wire::Attach& table) {
   Core& core = call.core;
-  const std::size_t count = size_of(table.names()) + size_of(table.ids());
-  if (count == 0 || count > kMaxFrameFds) {
-    co_return fail(Errc::invalid_argument, fmt::format("attach 1 to {} arrays in one request", kMaxFrameFds));
-  }
   const auto names = strings_of(table.names());
   const auto ids = shape_of(table.ids());
   for (const auto& name : names) {
@@ -105,6 +102,10 @@ Answer attach(Call& call, const wire::Attach& table) {
   }
 }
 
+Answer refusal(Error error) {
+  co_return tl::unexpected(std::move(error));
+}
+
 void release_views(Call& call, const flatbuffers::Vector<std::uint64_t>& ids) {
   const Time now = Core::now();
   for (const ArrayId id : ids) call.core.store.release(call.session->id(), id, now);
@@ -115,35 +116,52 @@ Answer nothing_more(Call& /*call*/, const wire::Release& /*table*/) {
   co_return Reply{};
 }
 
-// A client that lost its daemon says what it views, writes and has leased, in several frames if it is much.
-// What the session has beyond that, the client never heard of.
-Answer hold(Call& call, const wire::Hold& table) {
-  Core& core = call.core;
+void note_views(Call& call, const flatbuffers::Vector<std::uint64_t>& ids) {
+  for (const ArrayId id : ids) {
+    if (!call.core.store.may_hold(call.session->id(), id)) continue;
+    if (std::uint32_t& count = call.session->held().views[id]; count < UINT32_MAX) ++count;
+  }
+}
+
+// What is not there was sealed, and the client does not know yet; what cannot go on its seal will tell.
+void claim_writing(Call& call, const flatbuffers::Vector<Offset<wire::Writing>>& entries) {
+  Store& store = call.core.store;
   const SessionId session = call.session->id();
-  Session::Held& said = call.session->held();
-  for (const ArrayId id : shape_of(table.ids())) {
-    if (core.store.may_hold(session, id)) ++said.views[id];
+  std::set<ArrayId> tried;
+  for (const auto* writing : entries) {
+    const ArrayId id = writing->id();
+    if (writing->make() != nullptr && store.may_claim(session, id) && tried.insert(id).second) {
+      const auto request = create_request_of(*writing->make(), order_of(writing->make()->order()));
+      if (!request) continue;
+      if (const auto claimed = store.claim(session, id, *request, Core::now()); !claimed)
+        spdlog::debug("array #{} is not written on: {}", id, claimed.error().message);
+    }
+    if (store.is_writing(session, id)) call.session->held().writing.insert(id);
   }
-  for (std::size_t i = 0; i < size_of(table.writing()); ++i) {
-    const auto* writing = table.writing()->Get(static_cast<flatbuffers::uoffset_t>(i));
-    said.writing.insert(writing->id());
-    if (writing->make() == nullptr) continue;
-    const auto request = create_request_of(*writing->make(), order_of(writing->make()->order()));
-    if (!request) continue;
-    // Not there: it was sealed, and the client does not know yet. What cannot go on its seal will tell.
-    if (const auto claimed = core.store.claim(session, writing->id(), *request, Core::now()); !claimed)
-      spdlog::debug("array #{} is not written on: {}", writing->id(), claimed.error().message);
-  }
-  for (std::size_t i = 0; i < size_of(table.slots()); ++i) {
-    const auto* holding = table.slots()->Get(static_cast<flatbuffers::uoffset_t>(i));
+}
+
+void note_slots(Call& call, const flatbuffers::Vector<Offset<wire::Holding>>& entries) {
+  for (const auto* holding : entries) {
     if (size_of(holding->attempts()) != size_of(holding->slots())) continue;
     for (flatbuffers::uoffset_t at = 0; at < size_of(holding->slots()); ++at) {
       const SlotIndex slot = holding->slots()->Get(at);
-      if (core.results.holds(session, holding->set(), slot, holding->attempts()->Get(at)))
-        said.slots.insert({holding->set(), slot});
+      if (call.core.results.holds(call.session->id(), holding->set(), slot, holding->attempts()->Get(at)))
+        call.session->held().slots.insert({holding->set(), slot});
     }
   }
+}
+
+// A client that lost its daemon says what it views, writes and has leased, in several frames if it is much.
+// What the session has beyond that, the client never heard of. Only what the session may claim is kept until
+// the last frame: no more than there is.
+Answer hold(Call& call, const wire::Hold& table) {
+  Core& core = call.core;
+  if (table.ids() != nullptr) note_views(call, *table.ids());
+  if (table.writing() != nullptr) claim_writing(call, *table.writing());
+  if (table.slots() != nullptr) note_slots(call, *table.slots());
   if (table.is_last()) {
+    const SessionId session = call.session->id();
+    Session::Held& said = call.session->held();
     core.results.keep_only(session, said.slots, Core::now());
     core.store.keep_only(session, said.views, said.writing, Core::now());
     said = {};
@@ -161,28 +179,16 @@ Reply names_reply(Call& call, const std::vector<std::string>& names, std::uint64
   return reply_of(wire::CreateNamesDirect(call.builder, &texts, names.size(), freed_bytes));
 }
 
-// Each pattern is held against every name, in the loop: their number is bounded.
-Result<std::vector<std::string>> patterns_of(const flatbuffers::Vector<Offset<flatbuffers::String>>* texts) {
-  const auto is_long = [](const flatbuffers::String* text) { return text->size() > kMaxPatternBytes; };
-  if (size_of(texts) <= kMaxPatterns &&
-      (texts == nullptr || std::none_of(texts->begin(), texts->end(), is_long)))
-    return strings_of(texts);
-  return fail(Errc::invalid_argument,
-              fmt::format("name at most {} arrays or globs in one request, of {} bytes each", kMaxPatterns,
-                          kMaxPatternBytes));
-}
-
 Answer evict(Call& call, const wire::Evict& table) {
   const SessionId session = call.session->id();
-  const auto patterns = patterns_of(table.patterns());
-  if (!patterns) co_return error_of(patterns);
+  const auto patterns = strings_of(table.patterns());
   if (call.is_again && table.lru_bytes() > 0)
     co_return fail(Errc::disconnected,
                    "the daemon went away while it evicted; look how much is free, then ask for the rest");
   std::optional<Time> asked;
   if (call.is_again) asked = time_at(table.asked_us());
   auto evicted = table.lru_bytes() > 0 ? call.core.store.evict_lru(session, table.lru_bytes())
-                                       : call.core.store.evict(session, *patterns, asked);
+                                       : call.core.store.evict(session, patterns, asked);
   if (!evicted) co_return error_of(std::move(evicted));
   for (const auto& name : evicted->names)
     spdlog::info("array {} evicted by process {}", printable(name), call.session->peer().pid);
@@ -191,9 +197,8 @@ Answer evict(Call& call, const wire::Evict& table) {
 }
 
 Answer pin(Call& call, const wire::Pin& table) {
-  const auto patterns = patterns_of(table.patterns());
-  if (!patterns) co_return error_of(patterns);
-  const auto names = call.core.store.pin(call.session->id(), *patterns, table.pinned());
+  const auto patterns = strings_of(table.patterns());
+  const auto names = call.core.store.pin(call.session->id(), patterns, table.pinned());
   if (!names) co_return error_of(names);
   co_return names_reply(call, *names, 0);
 }
@@ -371,9 +376,10 @@ std::string pattern_of(const flatbuffers::String* pattern) {
   return std::string(view_of(pattern).substr(0, kMaxPatternBytes));  // what is longer matches no name anyway
 }
 
-asio::awaitable<Result<Reply>> answer(Call& call, const wire::Request& request) {
+Answer answer(Call& call, const wire::Request& request) {
   using Body = wire::RequestBody;
   if (request.released() != nullptr) release_views(call, *request.released());
+  if (auto ok = check_bounds(request); !ok) return refusal(std::move(ok).error());
   switch (request.body_type()) {
     case Body::MakeArray:
       return create_array(call, *request.body_as_MakeArray());
@@ -424,10 +430,8 @@ asio::awaitable<Result<Reply>> answer(Call& call, const wire::Request& request) 
     case Body::Shutdown:
       return shutdown(call, *request.body_as_Shutdown());
     default:
-      return [](Call& /*call*/) -> Answer {
-        co_return fail(Errc::invalid_argument,
-                       "this daemon does not know that request; it may be older than the client");
-      }(call);
+      return refusal({Errc::invalid_argument,
+                      "this daemon does not know that request; it may be older than the client"});
   }
 }
 

@@ -48,8 +48,6 @@ template <class Table>
 
 inline constexpr std::size_t kPageItems = 512;             // of one listing at most
 inline constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is closed: an item may take 20 KiB
-inline constexpr std::size_t kMaxPatternBytes =
-    512;  // of a glob: a name has 255, twice that with a backslash each
 
 // Tries until there is room: waits while memory is being given back, or taken only for a while. `reserve`
 // returns a Result<T>.
@@ -89,6 +87,6 @@ template <class Reserve>
 [[nodiscard]] std::string pattern_of(const flatbuffers::String* pattern);
 
 // Carries out `request`, which has been verified. The frame that it lies in must outlive the coroutine.
-[[nodiscard]] asio::awaitable<Result<Reply>> answer(Call& call, const wire::Request& request);
+[[nodiscard]] Answer answer(Call& call, const wire::Request& request);
 
 }  // namespace cowmgr

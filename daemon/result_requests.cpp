@@ -213,14 +213,11 @@ struct Commit {
 
 Result<std::vector<Commit>> commits_of(const wire::CommitSlots& table) {
   std::vector<Commit> commits;
-  const std::size_t count = table.slots() == nullptr ? 0 : table.slots()->size();
+  const std::size_t count = size_of(table.slots());
   const auto* sizes = table.value_bytes();
   const auto* attempts = table.attempts();
-  if (count > kMaxBatch || (sizes != nullptr && sizes->size() != count) ||
-      (attempts != nullptr && attempts->size() != count))
-    return fail(Errc::invalid_argument, fmt::format("commit at most {} slots at once, with a value each or "
-                                                    "with none",
-                                                    kMaxBatch));
+  if ((sizes != nullptr && sizes->size() != count) || (attempts != nullptr && attempts->size() != count))
+    return fail(Errc::invalid_argument, "commit slots with a value each or with none");
   std::span<const std::byte> rest;
   if (table.values() != nullptr)
     rest = std::as_bytes(std::span(table.values()->data(), table.values()->size()));
@@ -381,7 +378,7 @@ Answer allocate_slot(Call& call, const wire::AllocateSlot& table) {
   if (auto ok = (*set)->table.check_holder(session, table.slot(), table.attempt()); !ok)
     co_return error_of(std::move(ok));
   core.results.drop_allocated(**set, table.slot());  // it has the name
-  auto dtype = Dtype::parse(view_of(table.dtype()));
+  auto dtype = dtype_of(table.dtype());
   if (!dtype) co_return error_of(std::move(dtype));
   const CreateRequest request{.name = fmt::format("{}/{}", (*set)->name, table.slot()),
                               .spec = {*std::move(dtype), shape_of(table.shape()), order_of(table.order())},

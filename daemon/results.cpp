@@ -241,7 +241,7 @@ std::set<SessionId> ResultSets::sessions() const {
 bool ResultSets::holds(SessionId session, ArrayId set, SlotIndex slot, std::uint32_t attempt) const {
   const auto at = sets_.find(set);
   return at != sets_.end() && at->second.is_open() &&
-         at->second.table.check_holder(session, slot, attempt).has_value();
+         at->second.table.is_held(session, slot, attempt);
 }
 
 void ResultSets::keep_only(SessionId session, const Slots& known, Time now) {

@@ -184,14 +184,20 @@ Result<void> SlotTable::check_holder(SessionId session, SlotIndex slot) const {
   if (now == SlotState::committed)
     return refuse(Errc::already_committed, fmt::format("slot {} is committed already", slot));
   if (now == SlotState::failed) return refuse(Errc::slot_failed, fmt::format("slot {} failed already", slot));
-  if (now == SlotState::leased && entry(slot).holder.load(std::memory_order_relaxed) == session) return {};
+  if (is_held(session, slot, 0)) return {};
   return not_leased(slot);
 }
 
 Result<void> SlotTable::check_holder(SessionId session, SlotIndex slot, std::uint32_t attempt) const {
   if (auto ok = check_holder(session, slot); !ok) return ok;
-  if (attempt == 0 || attempt == attempt_of(entry(slot))) return {};
+  if (is_held(session, slot, attempt)) return {};
   return not_leased(slot);
+}
+
+bool SlotTable::is_held(SessionId session, SlotIndex slot, std::uint32_t attempt) const noexcept {
+  return slot < slots_ && state(slot) == SlotState::leased &&
+         entry(slot).holder.load(std::memory_order_relaxed) == session &&
+         (attempt == 0 || attempt == attempt_of(entry(slot)));
 }
 
 bool SlotTable::was_committed(SlotIndex slot, std::uint32_t attempt) const noexcept {

@@ -69,6 +69,8 @@ class SlotTable {
   // The same, and that it is still lease `attempt` (0: whichever): the slot may have come back to this
   // session.
   [[nodiscard]] Result<void> check_holder(SessionId session, SlotIndex slot, std::uint32_t attempt) const;
+  // The same, without a reason.
+  [[nodiscard]] bool is_held(SessionId session, SlotIndex slot, std::uint32_t attempt) const noexcept;
   // Whether that lease of the slot ended with its commit. No other worker was ever told of that attempt.
   [[nodiscard]] bool was_committed(SlotIndex slot, std::uint32_t attempt) const noexcept;
   // Notes which array the holder of `slot` is writing; 0: none any more.

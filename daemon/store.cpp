@@ -238,7 +238,7 @@ Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now
   record.pinned = is_pinned;
   Holdings& held = holdings(session);
   held.writing.erase(id);
-  if (keep_view) add_view(held, record, now);
+  if (keep_view) add_views(held, record, 1, now);
   publish(record, now);
   return true;
 }
@@ -288,7 +288,7 @@ Result<std::vector<const ArrayRecord*>> Store::attach(SessionId session, std::sp
   for (const ArrayRecord* record : found) {
     if (auto ok = check_attach(session, *record); !ok) return error_of(std::move(ok));
   }
-  for (ArrayRecord* record : found) add_view(holdings(session), *record, now);
+  for (ArrayRecord* record : found) add_views(holdings(session), *record, 1, now);
   return std::vector<const ArrayRecord*>(found.begin(), found.end());
 }
 
@@ -302,7 +302,9 @@ void Store::keep_only(SessionId session, const Views& views, const std::set<Arra
   Holdings& held = holdings(session);
   const Views before = std::exchange(held.views, {});
   for (const auto& [id, count] : views) {
-    for (std::uint32_t i = 0; i < count && may_hold(session, id); ++i) add_view(held, records_.at(id), now);
+    if (!may_hold(session, id)) continue;
+    ArrayRecord& record = records_.at(id);
+    add_views(held, record, std::min(count, kMaxViews - record.views), now);
   }
   for (const auto& [id, count] : before) drop_views(records_.at(id), count);
   for (const ArrayId id : std::set<ArrayId>(held.writing)) {
@@ -337,9 +339,9 @@ void Store::release(SessionId session, ArrayId id, Time now) {
   drop_views(record, 1);
 }
 
-void Store::add_view(Holdings& held, ArrayRecord& record, Time now) {
-  ++held.views[record.id];
-  ++record.views;
+void Store::add_views(Holdings& held, ArrayRecord& record, std::uint32_t count, Time now) {
+  held.views[record.id] += count;
+  record.views += count;
   record.last_used = now;
 }
 
@@ -525,6 +527,10 @@ std::uint32_t Store::views_of(SessionId session, ArrayId id) const {
   const auto& views = holdings(session).views;
   const auto at = views.find(id);
   return at == views.end() ? 0 : at->second;
+}
+
+bool Store::is_writing(SessionId session, ArrayId id) const {
+  return holdings(session).writing.contains(id);
 }
 
 Store::SessionUse Store::use_of(SessionId session) const {

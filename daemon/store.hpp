@@ -153,6 +153,8 @@ class Store {
   // for it whatever the limits. Errors: not_found unless `session` was its writer; as reserve(); os_failure.
   [[nodiscard]] Result<const ArrayRecord*> claim(SessionId session, ArrayId id, const CreateRequest& request,
                                                  Time now);
+  // Whether the session was that array's writer, and may come back to it.
+  [[nodiscard]] bool may_claim(SessionId session, ArrayId id) const;
   // What the segment of an unclaimed array says that it holds; its writer may have changed that. Or null.
   [[nodiscard]] const ArraySpec* unclaimed_spec(ArrayId id) const;
   [[nodiscard]] std::set<SessionId> unclaimed_writers() const;
@@ -182,7 +184,8 @@ class Store {
                                                                std::span<const ArrayId> ids, Time now);
   // Whether the session may say that it views the array, from before this daemon's start.
   [[nodiscard]] bool may_hold(SessionId session, ArrayId id) const;
-  // The session has these views of arrays that it may_hold(), as many of each, and no others; what it writes
+  // The session has these views of arrays that it may_hold(), as many of each as an array may have, and no
+  // others; what it writes
   // beyond `writing`, it never heard of.
   using Views = std::unordered_map<ArrayId, std::uint32_t>;
   void keep_only(SessionId session, const Views& views, const std::set<ArrayId>& writing, Time now);
@@ -233,6 +236,7 @@ class Store {
   [[nodiscard]] MemoryUse memory_use() const;
   [[nodiscard]] std::size_t size() const noexcept { return records_.size(); }
   [[nodiscard]] std::uint32_t views_of(SessionId session, ArrayId id) const;
+  [[nodiscard]] bool is_writing(SessionId session, ArrayId id) const;
   struct SessionUse {
     std::uint32_t views = 0;
     std::uint64_t view_bytes = 0;
@@ -289,7 +293,7 @@ class Store {
                                                                   bool may_be_gone = false);
   [[nodiscard]] std::vector<ArrayRecord*> least_recently_used(
       const std::function<bool(const ArrayRecord&)>& wanted);
-  void add_view(Holdings& held, ArrayRecord& record, Time now);
+  void add_views(Holdings& held, ArrayRecord& record, std::uint32_t count, Time now);
   void drop_views(ArrayRecord& record, std::uint32_t count);
   void publish(ArrayRecord& record, Time now);
   void put_out_of_service(ArrayRecord& record, std::string_view harm);

@@ -66,6 +66,13 @@ void Store::keep_unclaimed(ArrayId id, Segment segment, const SegmentFile& file)
                                    .owner = file.trailer.owner_uid});
 }
 
+bool Store::may_claim(SessionId session, ArrayId id) const {
+  const auto at = unclaimed_.find(id);
+  if (at == unclaimed_.end()) return false;
+  return session == kHouse ||
+         (at->second.writer == session && at->second.owner == holdings(session).peer.uid);
+}
+
 // Whatever the segment says, it was written by whoever could: that it names `session` as its writer is
 // believed only of a process that says so too. What it may do is decided as if it were a new array.
 Result<const ArrayRecord*> Store::claim(SessionId session, ArrayId id, const CreateRequest& request,
@@ -73,8 +80,7 @@ Result<const ArrayRecord*> Store::claim(SessionId session, ArrayId id, const Cre
   const auto at = unclaimed_.find(id);
   const auto bytes = data_bytes(request.spec);
   const bool is_house = session == kHouse;
-  if (at == unclaimed_.end() || !bytes || at->second.segment.size_bytes != segment_bytes(*bytes) ||
-      (!is_house && (at->second.writer != session || at->second.owner != holdings(session).peer.uid)))
+  if (!may_claim(session, id) || !bytes || at->second.segment.size_bytes != segment_bytes(*bytes))
     return fail(Errc::not_found, "there is no such array that this session was writing");
   auto header = make_npy_header(request.spec, kDataOffset);
   if (!header) return error_of(std::move(header));

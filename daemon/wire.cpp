@@ -1,5 +1,9 @@
 #include "daemon/wire.hpp"
 
+#include <fmt/format.h>
+
+#include "daemon/bounds.hpp"
+
 namespace cowmgr {
 namespace {
 
@@ -99,6 +103,14 @@ std::vector<std::string> strings_of(const flatbuffers::Vector<Offset<flatbuffers
   if (texts == nullptr) return out;
   for (const auto* text : *texts) out.emplace_back(view_of(text));
   return out;
+}
+
+Result<Dtype> dtype_of(const flatbuffers::String* text) {
+  if (text != nullptr && text->size() > kMaxDtypeBytes) {
+    return fail(Errc::invalid_dtype, fmt::format("a dtype's description has at most {} bytes, not {}",
+                                                 kMaxDtypeBytes, text->size()));
+  }
+  return Dtype::parse(view_of(text));
 }
 
 Shape shape_of(const flatbuffers::Vector<std::uint64_t>* dims) {

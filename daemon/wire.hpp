@@ -20,8 +20,8 @@ using Offset = flatbuffers::Offset<T>;
                                            wire::Protection protection);
 [[nodiscard]] Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set);
 
-// From a request's tables to values. Errors: as the parsers'. A frame may name one long string thousands of
-// times: look at the number before copying.
+// From a request's tables to values, once it is known to stay within its bounds (bounds.hpp). Errors: as the
+// parsers'.
 template <class T>
 [[nodiscard]] std::size_t size_of(const flatbuffers::Vector<T>* items) noexcept {
   return items == nullptr ? 0 : items->size();
@@ -30,10 +30,13 @@ template <class T>
     const flatbuffers::Vector<Offset<flatbuffers::String>>* texts);
 [[nodiscard]] Shape shape_of(const flatbuffers::Vector<std::uint64_t>* dims);
 
+// Errors: invalid_dtype, also for a text that is longer than any header has room for.
+[[nodiscard]] Result<Dtype> dtype_of(const flatbuffers::String* text);
+
 // A MakeArray or MakeResults request, which share these fields.
 template <class Table>
 [[nodiscard]] Result<CreateRequest> create_request_of(const Table& table, Order order) {
-  auto dtype = Dtype::parse(view_of(table.dtype()));
+  auto dtype = dtype_of(table.dtype());
   if (!dtype) return error_of(std::move(dtype));
   return CreateRequest{.name = std::string(view_of(table.name())),
                        .spec = {*std::move(dtype), shape_of(table.shape()), order},

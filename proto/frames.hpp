@@ -12,7 +12,8 @@
 namespace cowmgr {
 
 // The verified root of a frame, or null when the bytes are not a well-formed `Root`. Limits on depth and on
-// tables keep the time that a hostile frame takes proportional to its length.
+// tables keep the time that a hostile frame takes proportional to its length. Texts and lists that many
+// tables share are not counted: who reads them counts them.
 template <class Root>
 [[nodiscard]] const Root* verified_root(std::span<const std::byte> frame) noexcept {
   constexpr std::size_t kMaxDepth = 8;

@@ -45,6 +45,16 @@ class RawPeer {
     return peer;
   }
 
+  // Another connection of that peer's session.
+  [[nodiscard]] static RawPeer joined(const std::string& path, const RawPeer& first) {
+    RawPeer peer(path);
+    const auto* welcome = peer.ask<wire::Welcome>(
+        [&](Builder& b) { return wire::CreateHelloDirect(b, kProtocolVersion, "raw", first.session()); });
+    EXPECT_NE(welcome, nullptr);
+    peer.session_ = first.session();
+    return peer;
+  }
+
   // Sends one record, with `fd_count` descriptors. False when the connection is closed.
   bool send(std::span<const std::byte> bytes, std::size_t fd_count = 0) {
     const std::vector<int> fds(fd_count, socket_.get());

@@ -1,5 +1,6 @@
 #include "daemon/store.hpp"
 
+#include <chrono>
 #include <string>
 #include <vector>
 
@@ -258,6 +259,18 @@ TEST_F(StoreTest, ReleasingWhatOneDoesNotHoldChangesNothing) {
   release(kAlice, id);
   release(kAlice, 999);
   EXPECT_EQ(record(id).views, 1U);
+}
+
+// They are counted at once: one by one it would take a minute, with the daemon standing still.
+TEST_F(StoreTest, ASessionMaySayThatItHasVeryManyViews) {
+  const ArrayId id = put(kAlice, "x");
+  const auto start = std::chrono::steady_clock::now();
+  store_->keep_only(kAlice, {{id, UINT32_MAX}}, {}, tick());
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_GT(store_->views_of(kAlice, id), 4'000'000'000U);
+  EXPECT_FALSE(store_->may_hold(kAlice2, id)) << "it has as many as one array may";
+  store_->keep_only(kAlice, {}, {}, tick());
+  EXPECT_EQ(record(id).views, 0U);
 }
 
 // ---- Evicting ----
