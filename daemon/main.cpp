@@ -17,6 +17,7 @@
 #include "daemon/recovery.hpp"
 #include "daemon/server.hpp"
 #include "proto/fd_socket.hpp"
+#include "proto/instance_lock.hpp"
 #include "proto/lock_file.hpp"
 #include "proto/standard_streams.hpp"
 #include "proto/text.hpp"
@@ -71,11 +72,10 @@ Result<UniqueFd> take_socket(const Config& config) {
 }
 
 tl::unexpected<Error> cannot_lock(const Error& error, const std::string& what, std::string_view flag) {
-  if (error.code == Errc::busy)
-    return fail(Errc::busy, fmt::format("{} is in use: {}; stop that daemon, or choose another {}", what,
-                                        error.message, flag));
-  return fail(error.code,
-              fmt::format("{} cannot be locked: {}; choose another {}", what, error.message, flag));
+  if (error.code != Errc::busy)
+    return fail(error.code, fmt::format("{} cannot be locked: {}", what, error.message));
+  return fail(Errc::busy, fmt::format("{} is in use: {}; stop that daemon, or choose another {}", what,
+                                      error.message, flag));
 }
 
 tl::unexpected<Error> cannot_look(const Error& error, const ShmEnv& env) {
@@ -118,7 +118,7 @@ Result<void> take_over(const ShmEnv& env, Core& core) {
 }
 
 Result<void> serve_until_stopped(Config& config) {
-  auto instance_lock = LockFile::acquire(fmt::format("/dev/shm/cowmgr.{}.lock", config.instance));
+  auto instance_lock = InstanceLock::acquire(config.instance);
   if (!instance_lock) {
     return cannot_lock(instance_lock.error(), fmt::format("instance '{}'", config.instance), "--instance");
   }

@@ -22,10 +22,19 @@ bool is_current(const std::string& path, int fd) {
          by_path.st_dev == by_fd.st_dev;
 }
 
-std::string read_text(int fd) {
+// As the kernel says, else as the file does: of a process in another pid namespace /proc/locks does not tell.
+std::string holder_in_words(const std::string& path, int fd) {
+  if (const auto pid = LockFile::holder_of(path)) return fmt::format("process {}", *pid);
   std::array<char, 32> text{};
   const auto count = ::pread(fd, text.data(), text.size(), 0);
-  return {text.data(), count > 0 ? static_cast<std::size_t>(count) : 0};
+  if (count <= 0) return "a process that cannot be seen from here";
+  return "process " + std::string(text.data(), static_cast<std::size_t>(count));
+}
+
+// For people who look into the file, and no more: a file system that is full takes no byte of it.
+void write_pid(int fd) {
+  const std::string pid = fmt::format("{}", ::getpid());
+  if (::ftruncate(fd, 0) == 0) (void)!::pwrite(fd, pid.data(), pid.size(), 0);
 }
 
 }  // namespace
@@ -37,13 +46,10 @@ Result<LockFile> LockFile::acquire(std::string path) {
     if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
       if (errno == EINTR) continue;
       if (errno != EWOULDBLOCK) return tl::unexpected(os_error("flock", path, errno));
-      return fail(Errc::busy, fmt::format("{} is held by process {}", path, read_text(fd.get())));
+      return fail(Errc::busy, fmt::format("{} is held by {}", path, holder_in_words(path, fd.get())));
     }
     if (!is_current(path, fd.get())) continue;
-    const std::string pid = fmt::format("{}", ::getpid());
-    if (::ftruncate(fd.get(), 0) != 0 || ::pwrite(fd.get(), pid.data(), pid.size(), 0) < 0) {
-      return tl::unexpected(os_error("write", path, errno));
-    }
+    write_pid(fd.get());
     return LockFile(std::move(path), std::move(fd));
   }
 }
@@ -68,7 +74,7 @@ std::optional<pid_t> LockFile::holder_of(const std::string& path) {
 }
 
 LockFile::~LockFile() {
-  if (fd_) ::unlink(path_.c_str());
+  if (fd_ && is_current(path_, fd_.get())) ::unlink(path_.c_str());
 }
 
 }  // namespace cowmgr

@@ -1,4 +1,5 @@
-// One holder per path: how a daemon makes sure that it is the only one of its instance, and at its socket.
+// One holder per path, as long as nobody removes the file: how a daemon makes sure that it is the only one at
+// its socket, where whoever serves already also answers; for its instance there is more (instance_lock.hpp).
 #pragma once
 
 #include <optional>
@@ -14,7 +15,8 @@ namespace cowmgr {
 // Removes the file when it goes. Move-only.
 class LockFile {
  public:
-  // Takes the lock, or refuses at once. Errors: busy with the holder's pid, permission_denied.
+  // Takes the lock, or refuses at once. Writes the process into the file, if that has room. Errors: busy with
+  // the holder's pid, if it can be told; permission_denied; out_of_memory when there is no room for the file.
   [[nodiscard]] static Result<LockFile> acquire(std::string path);
 
   // The process that holds the lock, if one does, as /proc/locks tells (proc(5)). Touches no lock: a daemon

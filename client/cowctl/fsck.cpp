@@ -15,7 +15,7 @@
 
 #include "client/cowctl/commands.hpp"
 #include "client/cowctl/tables.hpp"
-#include "proto/lock_file.hpp"
+#include "proto/instance_lock.hpp"
 #include "proto/segment_file.hpp"
 #include "proto/session.hpp"
 #include "proto/text.hpp"
@@ -26,7 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kShmDirectory = "/dev/shm";
 constexpr std::string_view kPrefix = "cowmgr.";
 
 // One file of an instance.
@@ -42,7 +41,7 @@ struct Entry {
 
 struct Instance {
   std::string name;
-  std::optional<pid_t> daemon{};  // that runs
+  std::optional<pid_t> daemon{};  // that runs; 0: its process cannot be seen from here
   std::vector<Entry> entries{};
 };
 
@@ -61,10 +60,6 @@ constexpr std::string_view state_of(SegmentFile::Kind kind) {
 
 std::string path_of(const std::string& file) {
   return fmt::format("{}/{}", kShmDirectory, file);
-}
-
-std::string lock_of(const std::string& instance) {
-  return path_of(fmt::format("{}{}.lock", kPrefix, instance));
 }
 
 Entry look_at(const std::string& file, std::uint64_t id) {
@@ -128,7 +123,7 @@ std::map<std::string, Instance> find_instances(const std::string& wanted) {
 
 // Removes what nobody can use, unless a daemon runs: it still uses what looks useless to us.
 Result<void> repair(Instance& instance) {
-  const auto lock = LockFile::acquire(lock_of(instance.name));
+  const auto lock = InstanceLock::acquire(instance.name);
   if (!lock && lock.error().code == Errc::busy)
     return fail(Errc::busy, fmt::format("instance {} has a daemon: {}; stop it first", instance.name,
                                         lock.error().message));
@@ -171,7 +166,7 @@ Json to_json(const Entry& entry) {
 Json to_json(const Instance& instance) {
   Json out;
   out["instance"] = instance.name;
-  if (instance.daemon) out["daemon_pid"] = *instance.daemon;
+  if (instance.daemon) out["daemon_pid"] = *instance.daemon == 0 ? Json() : Json(*instance.daemon);
   out["files"] = Json::array();
   for (const Entry& entry : instance.entries) out["files"].push_back(to_json(entry));
   return out;
@@ -189,6 +184,12 @@ std::string note_of(const Entry& entry) {
   }
   const std::uint64_t writer = entry.segment.trailer.writer;
   return writer == 0 ? "" : fmt::format("of process {}", pid_of(writer));
+}
+
+std::string daemon_in_words(const Instance& instance) {
+  if (!instance.daemon) return "no daemon";
+  if (*instance.daemon == 0) return "a daemon runs, which cannot be seen from here";
+  return fmt::format("daemon {} runs", *instance.daemon);
 }
 
 std::string to_text(const Instance& instance, Style style) {
@@ -215,9 +216,7 @@ std::string to_text(const Instance& instance, Style style) {
     if (entry.is_useless && !entry.is_removed) ++useless;
   }
   std::string text =
-      fmt::format("instance {}: {}\n{}", instance.name,
-                  instance.daemon ? fmt::format("daemon {} runs", *instance.daemon) : "no daemon",
-                  table.to_string(style));
+      fmt::format("instance {}: {}\n{}", instance.name, daemon_in_words(instance), table.to_string(style));
   if (useless > 0 && !instance.daemon)
     text += fmt::format("{} of no use to anybody; `cowctl fsck {} --repair` removes what is\n", useless,
                         instance.name);
@@ -234,7 +233,7 @@ Result<Report> run_fsck(const Options& options) {
   auto instances = find_instances(wanted);
   Report report{{}, Json::array()};
   for (auto& [name, instance] : instances) {
-    instance.daemon = LockFile::holder_of(lock_of(name));
+    instance.daemon = InstanceLock::holder_of(name);
     if (options.repair) {
       if (const auto ok = repair(instance); !ok) return error_of(ok);
     }

@@ -26,35 +26,44 @@ void write_file(const char* path, const std::string& text) {
   std::ofstream(path) << text;
 }
 
-// Gives this process, and the children to come, a /dev/shm of 64 MiB. False where the system forbids it.
-bool enter_tiny_shm() {
+// Gives this process, and the children to come, mounts of its own. False where the system forbids it.
+bool enter_own_mounts() {
   const uid_t uid = ::geteuid();
   if (::unshare(uid == 0 ? CLONE_NEWNS : CLONE_NEWNS | CLONE_NEWUSER) != 0) return false;
   if (uid != 0) {
     write_file("/proc/self/setgroups", "deny");
     write_file("/proc/self/uid_map", "0 " + std::to_string(uid) + " 1");
   }
-  if (::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return false;
-  return ::mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=1777") == 0;
+  return ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0;
+}
+
+bool mount_at(const char* directory, const char* options, unsigned long flags = 0) {
+  return ::mount("tmpfs", directory, "tmpfs", MS_NOSUID | MS_NODEV | flags, options) == 0;
 }
 
 class TinyShm : public DaemonLifeTest {
  protected:
-  // Runs `script` where /dev/shm is small, with a daemon that may use 1 GiB.
+  // Runs `script` where `mounted()` says so, in mounts of its own.
+  static void apart(const std::function<bool()>& mounted, const std::function<void()>& script) {
+    Child child([&](const Link&) {
+      if (enter_own_mounts() && mounted()) return script();
+      std::cout << "a mount namespace is not to be had: " << std::strerror(errno)
+                << "; nothing is tested here\n";
+    });
+    EXPECT_EQ(child.wait(), 0);
+  }
+  // Where /dev/shm has 64 MiB.
+  static void in_tiny_shm(const std::function<void()>& script) {
+    apart([] { return mount_at("/dev/shm", "size=64m,mode=1777"); }, script);
+  }
+  // The same with a daemon that may use 1 GiB.
   void in_tiny_shm(const std::function<void(const Client&)>& script) {
-    Child child([&](const Link& test) {
-      if (!enter_tiny_shm()) {
-        std::cout << "a mount namespace is not to be had: " << std::strerror(errno)
-                  << "; nothing is tested here\n";
-        test.say("no namespace");
-        return;
-      }
+    in_tiny_shm([&] {
       Daemon daemon(socket(), instance(), {"--capacity", "1GiB", "--purge"});
       script(connect());
       EXPECT_EQ(daemon.stop(SIGTERM), 0);
       EXPECT_THAT(shm_files(instance()), testing::IsEmpty());
     });
-    EXPECT_EQ(child.wait(), 0);
   }
   [[nodiscard]] static ArraySpec spec(std::uint64_t size_bytes) {
     return {Dtype::of<std::uint8_t>(), {size_bytes}};
@@ -102,6 +111,48 @@ TEST_F(TinyShm, IsFilledToTheBrim) {
     EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
     EXPECT_THAT(put(client, "again", 50 * kMiB), Succeeds());
   });
+}
+
+// To free memory one must be able to start the daemon.
+TEST_F(TinyShm, ThatIsFullDoesNotKeepADaemonFromStarting) {
+  in_tiny_shm([&] {
+    {
+      Daemon daemon(socket(), instance(), {"--capacity", "1GiB"});
+      EXPECT_THAT(put(connect(), "a", 40 * kMiB), Succeeds());
+      auto set = connect().create_ragged("set", 3, {.is_detached = true});
+      EXPECT_THAT(set, Succeeds());
+      EXPECT_EQ(daemon.stop(SIGTERM), 0);
+    }
+    std::ofstream filler("/dev/shm/filler");
+    const std::string page(4096, 'x');
+    while (filler.write(page.data(), static_cast<std::streamsize>(page.size())).flush()) {
+    }
+    Daemon daemon(socket(), instance(), {"--capacity", "1GiB"}, {.may_refuse = true});
+    ASSERT_TRUE(daemon.serves());
+    const Client client = connect();
+    {
+      const auto array = client.attach("a");
+      ASSERT_THAT(array, Succeeds());
+      EXPECT_EQ(copy_of(array->bytes()), pattern_bytes(40 * kMiB));
+    }
+    EXPECT_THAT(client.create("b", spec(40 * kMiB)), FailsWith(Errc::out_of_memory));
+    EXPECT_THAT(client.evict(std::vector<std::string>{"a"}), Succeeds());
+    EXPECT_TRUE(eventually([&] { return client.create("b", spec(30 * kMiB)).has_value(); }));
+    EXPECT_THAT(client.shutdown(true), Succeeds());
+    EXPECT_EQ(daemon.wait(), 0);
+  });
+}
+
+// What is wrong with /dev/shm is said, with the cure; another instance would not be one.
+TEST_F(TinyShm, ThatIsNotThereOrReadOnlyIsNamed) {
+  const auto refused = [&](const std::string& why) {
+    const Ended ended = run_daemon({"--socket", socket(), "--instance", instance()});
+    EXPECT_EQ(ended.exit_code, 1);
+    EXPECT_THAT(ended.log, testing::HasSubstr(why));
+    EXPECT_THAT(ended.log, testing::Not(testing::HasSubstr("--instance")));
+  };
+  apart([] { return mount_at("/dev/shm", "mode=1777", MS_RDONLY); }, [&] { refused("mounted read-only"); });
+  apart([] { return mount_at("/dev", "mode=755"); }, [&] { refused("there is no /dev/shm"); });
 }
 
 }  // namespace
