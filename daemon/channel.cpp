@@ -10,6 +10,7 @@
 #include <boost/asio/experimental/awaitable_operators.hpp>
 #include <spdlog/spdlog.h>
 
+#include "daemon/descriptors.hpp"
 #include "proto/fd_socket.hpp"
 
 namespace cowmgr {
@@ -69,10 +70,11 @@ Channel::Sent Channel::try_send(std::span<const std::byte> bytes, std::span<cons
 // given to other files, so the wait needs descriptors of its own.
 asio::awaitable<Channel::Sent> Channel::send_late(std::span<const std::byte> bytes,
                                                   std::span<const int> fds) {
-  std::vector<UniqueFd> owned;
+  if (!check_descriptors(fds.size())) co_return Sent::too_many_descriptors;
+  std::vector<SegmentFd> owned;
   std::vector<int> numbers;
   for (const int fd : fds) {
-    owned.emplace_back(::dup(fd));
+    owned.emplace_back(UniqueFd(::dup(fd)));
     numbers.push_back(owned.back().get());
     if (!owned.back()) co_return Sent::too_many_descriptors;
   }

@@ -90,10 +90,10 @@ void add_options(CLI::App& app, Config& config, std::string& protection, unsigne
       ->transform(mode_text());
   app.add_option("--owner-bytes", config.quota.owner_bytes, "Memory that one user may hold [no limit]")
       ->transform(size_text());
-  app.add_option("--owner-arrays", config.quota.owner_arrays, "Arrays that one user may hold")
-      ->capture_default_str();
-  app.add_option("--owner-sessions", config.quota.owner_sessions, "Connections that one user may have")
-      ->capture_default_str();
+  app.add_option("--owner-arrays", config.quota.owner_arrays,
+                 "Arrays that one user may hold [65536, or fewer: two ninths of the limit of open files]");
+  app.add_option("--owner-sessions", config.quota.owner_sessions,
+                 "Connections that one user may have [4096, or fewer: a twelfth of the limit of open files]");
   app.add_option("--grace", grace_seconds,
                  "Seconds that clients of an earlier daemon have to come back to what they were writing")
       ->check(CLI::Range(0U, 3600U))

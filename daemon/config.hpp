@@ -19,7 +19,7 @@ struct Config {
   std::string log_level = "info";
   bool needs_verified = false;  // refuse to start where the kernel gives no leases
   int socket_mode = 0666;       // who may connect; what they may do is decided for each array
-  QuotaLimits quota;
+  QuotaLimits quota{.owner_arrays = 0, .owner_sessions = 0};  // 0: as many as open files allow
   bool purge =
       false;  // arrays go with the daemon; default: they stay in memory for the next one of the instance
   std::chrono::seconds grace{10};  // for which the next daemon keeps what a process was writing or had leased

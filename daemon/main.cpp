@@ -2,7 +2,6 @@
 
 #include <csignal>
 #include <filesystem>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,6 +13,7 @@
 
 #include "daemon/config.hpp"
 #include "daemon/core.hpp"
+#include "daemon/descriptors.hpp"
 #include "daemon/recovery.hpp"
 #include "daemon/server.hpp"
 #include "proto/fd_socket.hpp"
@@ -33,14 +33,6 @@ void set_up_log(const Config& config) {
   spdlog::set_default_logger(logger);
   spdlog::set_level(spdlog::level::from_str(config.log_level));
   spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %^%l%$ %v");
-}
-
-// Each array takes two descriptors, each client one or two.
-void raise_descriptor_limit() {
-  rlimit limit{};
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = limit.rlim_max;
-  ::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 // A lease that breaks is read from a signalfd, which needs the signal blocked, in every thread to come.
@@ -184,9 +176,10 @@ int main(int argc, char** argv) {
   cowmgr::Config config;
   if (const auto rc = cowmgr::parse_config(argc, argv, config)) return *rc;
   cowmgr::set_up_log(config);
-  cowmgr::raise_descriptor_limit();
+  config.quota = cowmgr::limits_within(cowmgr::claim_descriptors(), config.quota);
   cowmgr::block_lease_signal();
   std::signal(SIGIO, SIG_IGN);  // what the kernel sends for a broken lease when its queue of signals is full
+  std::signal(SIGXFSZ, SIG_IGN);  // a segment, or the log, that a limit of file sizes forbids is an error
   std::signal(SIGPIPE, SIG_IGN);  // whoever read the log, or started an embedded daemon, may be gone
   const auto ok = cowmgr::serve_until_stopped(config);
   // An embedded daemon's directory is its own; it goes once the lock file in it has gone.

@@ -12,8 +12,10 @@ Result<void> Quota::charge_array(uid_t uid, std::uint64_t size_bytes) {
   if (arrays >= limits_.owner_arrays) {
     return fail(
         Errc::quota_exceeded,
-        fmt::format("user {} holds {} arrays, as many as one user may; evict some, or raise --owner-arrays",
-                    uid, arrays));
+        fmt::format(
+            "user {} holds {} arrays, as many as one user may; evict some, or raise --owner-arrays, and "
+            "the daemon's limit of open files if it is that (`ulimit -n`, LimitNOFILE= of the service)",
+            uid, arrays));
   }
   if (auto ok = charge_bytes(uid, size_bytes); !ok) return ok;
   ++uses_[uid].arrays;
@@ -61,10 +63,19 @@ Result<void> Quota::charge_session(uid_t uid) {
   if (sessions >= limits_.owner_sessions) {
     return fail(
         Errc::quota_exceeded,
-        fmt::format(
-            "user {} has {} connections, as many as one user may; close some, or raise --owner-sessions", uid,
-            sessions));
+        fmt::format("user {} has {} connections, as many as one user may; close some, or raise "
+                    "--owner-sessions, and the "
+                    "daemon's limit of open files if it is that (`ulimit -n`, LimitNOFILE= of the service)",
+                    uid, sessions));
   }
+  if (sessions_ >= limits_.sessions) {
+    return fail(
+        Errc::quota_exceeded,
+        fmt::format("there are {} connections, as many as the daemon has open files for; close some, or "
+                    "raise its limit of open files (`ulimit -n`, LimitNOFILE= of the service)",
+                    sessions_));
+  }
+  ++sessions_;
   ++uses_[uid].sessions;
   return {};
 }
@@ -73,6 +84,7 @@ void Quota::release_session(uid_t uid) noexcept {
   Use& use = uses_[uid];
   COWMGR_ASSERT(use.sessions > 0);
   --use.sessions;
+  --sessions_;
   forget_if_unused(uid);
 }
 

@@ -13,7 +13,8 @@ struct QuotaLimits {
   std::uint64_t owner_bytes = UINT64_MAX;  // of segments; default: no limit but the capacity
   std::uint32_t owner_arrays =
       65536;  // each takes three descriptors of the daemon until it is sealed, then two
-  std::uint32_t owner_sessions = 4096;  // connections; each takes one descriptor, and one for each process
+  std::uint32_t owner_sessions = 4096;  // connections; each takes one descriptor, and one for its process
+  std::uint32_t sessions = UINT32_MAX;  // of all users together
 };
 
 // Counts by uid. A charge that would pass a limit is refused with quota_exceeded and changes nothing.
@@ -41,6 +42,7 @@ class Quota {
 
   QuotaLimits limits_;
   std::unordered_map<uid_t, Use> uses_;
+  std::uint32_t sessions_ = 0;  // of all
 };
 
 }  // namespace cowmgr

@@ -141,7 +141,8 @@ asio::awaitable<Result<void>> grow(Call& call, ArrayId id, std::uint64_t new_byt
   const std::uint64_t more = new_bytes - set->memory.segment.size_bytes;
   auto segment = std::make_shared<Segment>(
       Segment{.name = set->memory.segment.name, .size_bytes = set->memory.segment.size_bytes});
-  segment->writer.reset(::fcntl(set->memory.segment.writer.get(), F_DUPFD_CLOEXEC, 0));
+  if (auto ok = check_descriptors(); !ok) co_return ok;
+  segment->writer = UniqueFd(::fcntl(set->memory.segment.writer.get(), F_DUPFD_CLOEXEC, 0));
   if (!segment->writer) co_return tl::unexpected(os_error("fcntl(F_DUPFD_CLOEXEC)", segment->name, errno));
   auto charge = [&] { return core.store.charge_growth(owner, more); };
   if (const auto charged = co_await when_there_is_room(call, charge); !charged) co_return error_of(charged);

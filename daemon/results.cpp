@@ -563,7 +563,8 @@ Result<bool> ResultSets::finish(ResultSetRecord& set, Time now) {
     return true;
   }
   // What all workers have done is not given up because the kernel is short of something.
-  if (const Errc code = sealed.error().code; code == Errc::out_of_memory || code == Errc::os_failure)
+  if (const Errc code = sealed.error().code;
+      code == Errc::out_of_memory || code == Errc::quota_exceeded || code == Errc::os_failure)
     return error_of(sealed);
   end(set, SetState::failed, sealed.error().message);
   free_memory(set);  // refused, it is still being written otherwise

@@ -43,6 +43,7 @@ constexpr std::size_t kCopyBytes = std::size_t{1} << 20;             // at a tim
 
 // The descriptor of a shared memory object, owned beyond the object's life.
 Result<UniqueFd> fd_of(const ipc::shared_memory_object& object, std::string_view name) {
+  if (auto ok = check_descriptors(); !ok) return error_of(ok);
   UniqueFd fd(::fcntl(object.get_mapping_handle().handle, F_DUPFD_CLOEXEC, 0));
   if (!fd) return tl::unexpected(os_error("fcntl(F_DUPFD_CLOEXEC)", name, errno));
   return fd;
@@ -185,7 +186,8 @@ bool is_same_inode(const struct stat& one, const struct stat& other) {
 
 Result<Segment> reader_of(const Segment& segment) {
   Segment copy{.name = segment.name, .size_bytes = segment.size_bytes};
-  copy.reader.reset(::dup(segment.reader.get()));
+  if (auto ok = check_descriptors(); !ok) return error_of(ok);
+  copy.reader = UniqueFd(::dup(segment.reader.get()));
   if (!copy.reader) return tl::unexpected(os_error("dup", segment.name, errno));
   return copy;
 }
@@ -244,7 +246,8 @@ Result<std::size_t> ShmEnv::remove_leftovers() const {
   const auto ids = list();
   if (!ids) return error_of(ids);
   return static_cast<std::size_t>(std::count_if(ids->begin(), ids->end(), [&](std::uint64_t id) {
-    return unlink_object(segment_name(instance_, id));
+    const std::string name = segment_name(instance_, id);
+    return check_file(name).has_value() && unlink_object(name);
   }));
 }
 
@@ -333,6 +336,11 @@ ShmEnv::Space ShmEnv::space() const noexcept {
   return {info.f_blocks * info.f_frsize, info.f_bavail * info.f_frsize};
 }
 
+bool ShmEnv::has_name(std::uint64_t id) const noexcept {
+  struct stat info {};
+  return ::lstat((kShmDirectory + segment_name(instance_, id)).c_str(), &info) == 0;
+}
+
 Result<Segment> ShmEnv::create(std::uint64_t id, std::uint64_t size_bytes, std::string_view header,
                                std::span<const std::byte> trailer, const std::atomic<bool>& stop) const {
   Segment segment{.name = segment_name(instance_, id), .size_bytes = size_bytes};
@@ -376,9 +384,9 @@ Result<void> ShmEnv::back(const Segment& segment, const std::atomic<bool>& stop)
   const std::uint64_t huge_end = segment.size_bytes / kHugePageBytes * kHugePageBytes;
   Mapping window;
   if (huge_end > 0) {
+    // Where the address space is limited (RLIMIT_AS) there is no window: then all pages are small.
     auto mapped = Mapping::map(segment.writer.get(), segment.size_bytes, Access::read_only);
-    if (!mapped) return error_of(std::move(mapped));
-    window = *std::move(mapped);
+    if (mapped) window = *std::move(mapped);
   }
   for (std::uint64_t step = 0; step < segment.size_bytes; step += kBackingStepBytes) {
     if (stop) return fail(Errc::disconnected, "the peer went away while its memory was being reserved");

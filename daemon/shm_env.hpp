@@ -18,10 +18,10 @@
 #include <sys/types.h>
 #include <vector>
 
+#include "daemon/descriptors.hpp"
 #include "proto/errors.hpp"
 #include "proto/segment.hpp"
 #include "proto/segment_file.hpp"
-#include "proto/unique_fd.hpp"
 
 namespace cowmgr {
 
@@ -29,13 +29,13 @@ namespace cowmgr {
 struct Segment {
   std::string name;              // "/cowmgr.<instance>.<id>"; empty: no segment, or one without a name
   std::uint64_t size_bytes = 0;  // of the whole file
-  UniqueFd writer{};             // O_RDWR, until the seal
-  UniqueFd reader{};             // O_RDONLY; this one is handed to readers
-  UniqueFd lease{};              // O_RDONLY; holds the lease, never leaves the daemon
+  SegmentFd writer{};            // O_RDWR, until the seal
+  SegmentFd reader{};            // O_RDONLY; this one is handed to readers
+  SegmentFd lease{};             // O_RDONLY; holds the lease, never leaves the daemon
 };
 
 // The same segment with a descriptor of its own for reading: for work in another thread, while the array
-// goes. Errors: out_of_memory, os_failure.
+// goes. Errors: quota_exceeded, out_of_memory, os_failure.
 [[nodiscard]] Result<Segment> reader_of(const Segment& segment);
 // Whether both are open and lead to the same memory, whatever their names.
 [[nodiscard]] bool is_same_file(const Segment& one, const Segment& other) noexcept;
@@ -69,7 +69,7 @@ class ShmEnv {
 
   // ---- What a daemon that is gone left behind: only with the instance's lock held ----
 
-  // Removes all segments of this instance. Returns how many. Errors: as list().
+  // Removes all segments of this instance that belong to this user. Returns how many. Errors: as list().
   Result<std::size_t> remove_leftovers() const;
   // The ids of all segments of this instance. Errors: out_of_memory, os_failure.
   [[nodiscard]] Result<std::vector<std::uint64_t>> list() const;
@@ -104,9 +104,13 @@ class ShmEnv {
   };
   [[nodiscard]] Space space() const noexcept;
 
+  // Whether there is a file with the name of that segment, whoever made it.
+  [[nodiscard]] bool has_name(std::uint64_t id) const noexcept;
+
   // Makes a segment, all of it backed by memory and zero but for `header` at its start and `trailer` (or
   // nothing) at its end. Blocks: seconds for gigabytes. Gives up soon after `stop` is set, with disconnected.
-  // Nothing is left behind on failure. Errors: out_of_memory, os_failure.
+  // Nothing is left behind on failure. Errors: out_of_memory, quota_exceeded when there are no descriptors
+  // for it, os_failure.
   [[nodiscard]] Result<Segment> create(std::uint64_t id, std::uint64_t size_bytes, std::string_view header,
                                        std::span<const std::byte> trailer,
                                        const std::atomic<bool>& stop) const;

@@ -4,7 +4,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <sys/resource.h>
 #include <system_error>
+#include <unistd.h>
 
 #include <fmt/format.h>
 
@@ -46,7 +48,11 @@ Errc code_of(int number) noexcept {
   switch (number) {
     case ENOSPC:
     case ENOMEM:
+    case EFBIG:
       return Errc::out_of_memory;
+    case EMFILE:
+    case ENFILE:
+      return Errc::quota_exceeded;
     case EACCES:
     case EPERM:
       return Errc::permission_denied;
@@ -54,6 +60,31 @@ Errc code_of(int number) noexcept {
       return Errc::not_found;
     default:
       return Errc::os_failure;
+  }
+}
+
+// " (address space of this process is limited to 1 GiB: `ulimit -v`)", or nothing where there is no such
+// limit.
+std::string limit_in_words(__rlimit_resource_t resource, std::string_view what, std::string_view flag) {
+  rlimit limit{};
+  if (::getrlimit(resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return {};
+  return fmt::format(" ({} of process {} is limited to {}: `ulimit {}`)", what, ::getpid(), limit.rlim_cur,
+                     flag);
+}
+
+// Which of the process's own limits it was, as far as it can be one: the error says only that there is no
+// more.
+std::string cause_of(int number) {
+  switch (number) {
+    case ENOMEM:
+      return limit_in_words(RLIMIT_AS, "the address space in bytes", "-v") +
+             limit_in_words(RLIMIT_DATA, "the data in bytes", "-d");
+    case EFBIG:
+      return limit_in_words(RLIMIT_FSIZE, "the size of a file in bytes", "-f");
+    case EMFILE:
+      return limit_in_words(RLIMIT_NOFILE, "the number of open files", "-n");
+    default:
+      return {};
   }
 }
 
@@ -65,7 +96,8 @@ std::string_view to_string(Errc code) noexcept {
 }
 
 Error os_error(std::string_view what, std::string_view name, int number) {
-  return {code_of(number), fmt::format("{} {}: {}", what, name, std::generic_category().message(number))};
+  return {code_of(number),
+          fmt::format("{} {}: {}{}", what, name, std::generic_category().message(number), cause_of(number))};
 }
 
 void assertion_failed(const char* expression, const char* file, int line) noexcept {

@@ -114,7 +114,7 @@ class BrokenCalls : public KeepingDaemonTest {
     if (!done) {
       const Error error = done.error();
       EXPECT_TRUE(break_.has_failed() && may_fail) << what << ": " << testing::PrintToString(error);
-      EXPECT_THAT(error.code, testing::AnyOf(Errc::os_failure, Errc::out_of_memory,
+      EXPECT_THAT(error.code, testing::AnyOf(Errc::os_failure, Errc::out_of_memory, Errc::quota_exceeded,
                                              lasts_ ? Errc::still_writable : Errc::slot_failed))
           << what << ": " << error.message;
       EXPECT_TRUE(is_clean_message(error.message)) << what << ": " << error.message;

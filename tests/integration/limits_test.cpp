@@ -1,4 +1,5 @@
 // Limits: what one peer may take, and what the rest then still has.
+#include <csignal>
 #include <fstream>
 #include <string>
 #include <sys/resource.h>
@@ -117,6 +118,110 @@ TEST_F(Limits, OfAddressSpace) {
   EXPECT_EQ((*set->lease())->attempt(), 2U);
   tight.tell();
   EXPECT_EQ(tight.wait(), 0);
+}
+
+// ---- Limits of the daemon's process ----
+
+// A daemon with 256 open files, which ends when it is told.
+class FewDescriptors : public Limits {
+ protected:
+  [[nodiscard]] Child start_with_few(const std::vector<std::string>& arguments = {}) const {
+    Child child([this, arguments](const Link& test) {
+      const rlimit limit{256, 256};
+      ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &limit), 0);
+      std::vector<std::string> all = arguments;
+      all.emplace_back("--purge");
+      Daemon daemon(socket(), instance(), all);
+      test.say("serves");
+      test.await_word();
+      EXPECT_EQ(daemon.stop(SIGTERM), 0);
+    });
+    child.expect("serves");
+    return child;
+  }
+  // Puts tiny arrays until one is refused. How many there were, and why.
+  struct Filled {
+    int arrays = 0;
+    Error refusal;
+  };
+  [[nodiscard]] static Filled fill(const Client& client) {
+    for (int count = 0; count < 1000; ++count) {
+      const auto made = put(client, std::to_string(count), 1);
+      if (!made) return {count, made.error()};
+    }
+    ADD_FAILURE() << "there is no limit";
+    return {};
+  }
+};
+
+// Arrays never take what connections need: whoever connects is answered, and can use what is there.
+TEST_F(FewDescriptors, LeaveSomeForConnections) {
+  Child daemon = start_with_few();
+  const Client client = connect();
+  const Filled filled = fill(client);
+  EXPECT_GE(filled.arrays, 40);
+  EXPECT_EQ(filled.refusal.code, Errc::quota_exceeded);
+  EXPECT_THAT(filled.refusal.message, testing::HasSubstr("--owner-arrays"));
+  EXPECT_THAT(filled.refusal.message, testing::HasSubstr("LimitNOFILE="));
+  for (int i = 0; i < 10; ++i) {
+    const Client other = connect();
+    EXPECT_THAT(other.ping(), Succeeds());
+    EXPECT_THAT(other.attach("0"), Succeeds());
+  }
+  EXPECT_THAT(client.evict(std::vector<std::string>{"0"}), Succeeds());
+  EXPECT_TRUE(eventually([&] { return put(client, "again", 1).has_value(); }));
+  daemon.tell();
+  EXPECT_EQ(daemon.wait(), 0);
+}
+
+// The same where quotas were raised beyond what there is.
+TEST_F(FewDescriptors, LeaveSomeForConnectionsWhateverTheQuota) {
+  Child daemon = start_with_few({"--owner-arrays", "100000", "--owner-sessions", "100000"});
+  const Client client = connect();
+  const Filled filled = fill(client);
+  EXPECT_EQ(filled.refusal.code, Errc::quota_exceeded);
+  EXPECT_THAT(filled.refusal.message, testing::HasSubstr("LimitNOFILE="));
+  EXPECT_THAT(client.create_ragged("set", 4), FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(connect().attach("0"), Succeeds());
+  {
+    std::vector<RawPeer> peers;
+    for (int i = 0; i < 300; ++i) peers.emplace_back(socket());
+    EXPECT_TRUE(peers.back().is_hung_up()) << "it is told, and not left to wait";
+    EXPECT_THAT(client.ping(), Succeeds());
+  }
+  EXPECT_TRUE(eventually([&] { return Client::connect({.socket = socket(), .command = {}}).has_value(); }));
+  daemon.tell();
+  EXPECT_EQ(daemon.wait(), 0);
+}
+
+// A signal would kill it.
+TEST_F(Limits, OfFileSizes) {
+  const Daemon& daemon = start();
+  const Client client = connect();
+  const rlimit limit{kMiB, kMiB};
+  ASSERT_EQ(::prlimit(daemon.pid(), RLIMIT_FSIZE, &limit, nullptr), 0);
+  EXPECT_THAT(put(client, "small", kMiB / 2), Succeeds());
+  const auto refused = put(client, "large", 8 * kMiB);
+  ASSERT_THAT(refused, FailsWith(Errc::out_of_memory));
+  EXPECT_THAT(refused.error().message, testing::HasSubstr("ulimit -f"));
+  EXPECT_THAT(client.attach("small"), Succeeds());
+}
+
+// What is only faster with more of it is done without.
+TEST_F(Limits, OfTheDaemonsAddressSpace) {
+  const Daemon& daemon = start();
+  const Client client = connect();
+  std::ifstream statm("/proc/" + std::to_string(daemon.pid()) + "/statm");
+  rlim_t pages = 0;
+  statm >> pages;
+  const rlimit limit{pages * 4096 + 100 * kMiB, RLIM_INFINITY};
+  ASSERT_EQ(::prlimit(daemon.pid(), RLIMIT_AS, &limit, nullptr), 0);
+  EXPECT_THAT(client.create("large", {Dtype::of<std::uint8_t>(), {200 * kMiB}}), Succeeds());
+  // The slots of a set are mapped, with all the values that they may ever have.
+  const auto refused = client.create_ragged("set", 100'000);
+  ASSERT_THAT(refused, FailsWith(Errc::out_of_memory));
+  EXPECT_THAT(refused.error().message, testing::HasSubstr("ulimit -v"));
+  EXPECT_THAT(client.ping(), Succeeds());
 }
 
 }  // namespace

@@ -2,11 +2,15 @@
 
 #include <cerrno>
 #include <csignal>
+#include <cstdint>
 #include <set>
 #include <string>
+#include <sys/resource.h>
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/forked.hpp"
 #include "tests/unit/result.hpp"
 
 namespace cowmgr {
@@ -41,9 +45,25 @@ TEST(ErrorCode, OfANewerPeerIsUnknown) {
 }
 
 TEST(OsError, NamesTheCallAndItsObject) {
-  const auto error = os_error("shm_open", "/cowmgr.default.1", EMFILE);
+  const auto error = os_error("shm_open", "/cowmgr.default.1", EIO);
   EXPECT_EQ(error.code, Errc::os_failure);
-  EXPECT_EQ(error.message, "shm_open /cowmgr.default.1: Too many open files");
+  EXPECT_EQ(error.message, "shm_open /cowmgr.default.1: Input/output error");
+}
+
+// The error number alone would send people to look for memory.
+TEST(OsError, NamesTheLimitOfTheProcess) {
+  const std::string said = say_in_fork([] {
+    for (const auto resource : {RLIMIT_AS, RLIMIT_FSIZE}) {
+      const rlimit limit{std::uint64_t{1} << 40U, RLIM_INFINITY};
+      if (::setrlimit(resource, &limit) != 0) return std::string("no limit can be set");
+    }
+    return os_error("mmap", "x", ENOMEM).message + "\n" + os_error("fallocate", "x", EFBIG).message + "\n" +
+           os_error("open", "x", EMFILE).message + "\n" + os_error("open", "x", ENOSPC).message;
+  });
+  EXPECT_THAT(said, testing::MatchesRegex("mmap x: Cannot allocate memory .*1099511627776: `ulimit -v`\\)\n"
+                                          "fallocate x: File too large .*1099511627776: `ulimit -f`\\)\n"
+                                          "open x: Too many open files .*: `ulimit -n`\\)\n"
+                                          "open x: No space left on device"));
 }
 
 TEST(OsError, TellsTheOutcomesThatCallersActOn) {
@@ -54,7 +74,8 @@ TEST(OsError, TellsTheOutcomesThatCallersActOn) {
   for (const auto& [number, expected] :
        {Case{ENOSPC, Errc::out_of_memory}, Case{ENOMEM, Errc::out_of_memory},
         Case{EACCES, Errc::permission_denied}, Case{EPERM, Errc::permission_denied},
-        Case{ENOENT, Errc::not_found}, Case{EIO, Errc::os_failure}}) {
+        Case{ENOENT, Errc::not_found}, Case{EMFILE, Errc::quota_exceeded}, Case{ENFILE, Errc::quota_exceeded},
+        Case{EFBIG, Errc::out_of_memory}, Case{EIO, Errc::os_failure}}) {
     EXPECT_EQ(os_error("open", "x", number).code, expected) << number;
   }
 }

@@ -383,7 +383,6 @@ TEST(ReceiveFrame, SaysThatThisProcessHasTooManyOpenFiles) {
   Pipe pipe;
   Buffer buffer;
   const auto before = open_descriptors();
-  const auto expected = os_error("recvmsg", "a frame's descriptors", EMFILE);
   rlimit limit{};
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
   for (const rlim_t free_descriptors : {0U, 1U}) {
@@ -392,6 +391,7 @@ TEST(ReceiveFrame, SaysThatThisProcessHasTooManyOpenFiles) {
     const rlimit tight{static_cast<rlim_t>(lowest_free) + free_descriptors, limit.rlim_max};
     ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &tight), 0);
     const auto frame = receive_frame(pair.ours.get(), buffer);
+    const auto expected = os_error("recvmsg", "a frame's descriptors", EMFILE);  // it names the limit
     ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &limit), 0);
     ASSERT_FALSE(frame);
     EXPECT_EQ(frame.error(), expected);

@@ -1,10 +1,12 @@
 #include "daemon/quota.hpp"
 
+#include <algorithm>
 #include <cstdint>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "daemon/descriptors.hpp"
 #include "tests/unit/result.hpp"
 
 namespace cowmgr {
@@ -51,6 +53,44 @@ TEST(Quota, CountsSessionsApartFromArrays) {
   EXPECT_THAT(quota.charge_session(kUid), FailsWith(Errc::quota_exceeded));
   quota.release_session(kUid);
   EXPECT_THAT(quota.charge_session(kUid), Succeeds());
+}
+
+TEST(Quota, CountsTheConnectionsOfAll) {
+  Quota quota({.owner_sessions = 2, .sessions = 3});
+  EXPECT_THAT(quota.charge_session(kUid), Succeeds());
+  EXPECT_THAT(quota.charge_session(kUid), Succeeds());
+  EXPECT_THAT(quota.charge_session(kOther), Succeeds());
+  const auto refused = quota.charge_session(kOther);
+  ASSERT_THAT(refused, FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(refused.error().message, HasSubstr("LimitNOFILE="));
+  quota.release_session(kUid);
+  EXPECT_THAT(quota.charge_session(kOther), Succeeds());
+}
+
+// ---- Where the limits come from ----
+
+TEST(Descriptors, AreSharedOutWhateverTheLimit) {
+  for (const std::uint64_t limit :
+       {0ULL, 1ULL, 47ULL, 64ULL, 256ULL, 1024ULL, 20'000ULL, 1'048'576ULL, 1ULL << 40U, ~0ULL}) {
+    const DescriptorPlan plan = plan_descriptors(limit);
+    const QuotaLimits limits = limits_within(plan, {.owner_arrays = 0, .owner_sessions = 0});
+    EXPECT_GE(plan.connections, 1U) << limit;
+    EXPECT_LE(48 + plan.segments + 3 * std::uint64_t{plan.connections}, std::max<std::uint64_t>(limit, 51))
+        << limit;
+    EXPECT_LE(std::uint64_t{limits.owner_arrays} * 3, std::max<std::uint64_t>(plan.segments, 3)) << limit;
+    EXPECT_LE(limits.owner_sessions, plan.connections) << limit;
+    EXPECT_TRUE(plan.connections < 4 || limits.owner_sessions < plan.connections) << "others can connect";
+  }
+}
+
+TEST(Descriptors, GiveTheUsualQuotasWhereTheyArePlenty) {
+  const QuotaLimits limits =
+      limits_within(plan_descriptors(1'048'576), {.owner_arrays = 0, .owner_sessions = 0});
+  EXPECT_EQ(limits.owner_arrays, 65536U);
+  EXPECT_EQ(limits.owner_sessions, 4096U);
+  const QuotaLimits asked = limits_within(plan_descriptors(256), {.owner_arrays = 1000, .owner_sessions = 7});
+  EXPECT_EQ(asked.owner_arrays, 1000U);
+  EXPECT_EQ(asked.owner_sessions, 7U);
 }
 
 TEST(Quota, WhatGrowsIsChargedBytesButNoArray) {
