@@ -17,7 +17,9 @@ namespace {
 
 constexpr std::size_t kNamedWriters = 8;  // in a message
 constexpr std::size_t kPoolThreads = 2;   // one may zero gigabytes while the other gives some back
-constexpr int kPoolNice = 10;             // the loop answers first
+// Many more than anybody makes files, and few enough for 2^31 ids until they begin anew.
+constexpr std::uint64_t kIdStep = std::uint64_t{1} << 22;
+constexpr int kPoolNice = 10;  // the loop answers first
 
 // A dying process gives its mappings back a moment after its socket ended: the first refusals mean nothing.
 constexpr auto kFirstRetry = std::chrono::milliseconds(1);
@@ -43,7 +45,8 @@ Core::Core(asio::io_context& io_context, const Config& options, const ShmEnv& sh
       store(shm, {.capacity_bytes = options.capacity_bytes,
                   .quota = options.quota,
                   .admin = ::geteuid(),
-                  .first_id = random_id() + 1}),
+                  .first_id = random_id() + 1,
+                  .id_step = kIdStep}),
       results(store, ::geteuid()),
       fd_store(options.instance, options.fd_store && options.parent_fd < 0),
       started(now()),

@@ -23,13 +23,15 @@ class Recoverer {
       auto found = env_.find(id);
       if (!found && found.error().code == Errc::not_found) continue;
       if (!found && found.error().code == Errc::permission_denied) {
-        ++recovery_.foreign;
-        spdlog::warn("a file with the name of a segment is left alone: {}", found.error().message);
+        if (recovery_.foreign++ == 0) first_foreign_ = found.error().message;
         continue;
       }
       if (!found) return error_of(std::move(found));
       if (auto ok = take(*std::move(found)); !ok) return error_of(std::move(ok));
     }
+    if (recovery_.foreign > 0)
+      spdlog::warn("{} file(s) with names of segments are left alone, the first one since {}",
+                   recovery_.foreign, first_foreign_);
     if (auto ok = take_kept(); !ok) return error_of(std::move(ok));
     std::ranges::sort(sets_, {}, [](const auto& found) { return found.file.results.created_us; });
     for (auto& found : sets_) {
@@ -50,6 +52,7 @@ class Recoverer {
 
  private:
   Result<void> take(ShmEnv::Found found) {
+    store_.note_id(found.id);
     switch (found.file.kind) {
       case SegmentFile::Kind::sealed:
         if (!found.is_free) return adopt_array(std::move(found));
@@ -71,6 +74,7 @@ class Recoverer {
   // A file counts more than what was kept: it is the newer one if somebody removed an older.
   Result<void> take_kept() {
     for (const auto& [id, fd] : kept_.take_kept()) {
+      store_.note_id(id);
       auto found = env_.find(id, fd);
       if (!found && found.error().code != Errc::permission_denied) return error_of(std::move(found));
       const ArrayRecord* served = store_.find(id);
@@ -142,6 +146,7 @@ class Recoverer {
   FdStore& kept_;
   const Moment now_;
   std::vector<ShmEnv::Found> sets_;
+  std::string first_foreign_;  // why it is left alone
   Recovery recovery_;
 };
 

@@ -13,6 +13,8 @@ namespace {
 
 using State = ArrayRecord::State;
 
+constexpr ArrayId kEndOfIds = ArrayId{1} << 53;  // what is less is exact in a double, for whoever reads JSON
+constexpr int kIdTries = 1000;                   // who has taken so many names in a row has taken all
 constexpr std::uint32_t kMaxViews = UINT32_MAX - 1024;  // of one array; a request adds 64 at most
 
 bool matches(const std::string& pattern, const std::string& name) {
@@ -243,10 +245,18 @@ Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now
   return true;
 }
 
-ArrayId Store::next_id() noexcept {
-  do ++last_id_;
-  while (records_.contains(last_id_) || unclaimed_.contains(last_id_));
-  return last_id_;
+// A name that is found taken is passed over: nobody can take the next one by intent, whatever he made before.
+ArrayId Store::next_id() {
+  for (int tries = 1;; ++tries) {
+    last_id_ += 1 + (options_.id_step > 1 ? random_id() % options_.id_step : 0);
+    if (last_id_ >= kEndOfIds) last_id_ = 1 + random_id() % options_.id_step;
+    if (records_.contains(last_id_) || unclaimed_.contains(last_id_)) continue;
+    if (tries >= kIdTries || !env_.has_name(last_id_)) return last_id_;
+  }
+}
+
+void Store::note_id(ArrayId id) noexcept {
+  if (id < kEndOfIds) last_id_ = std::max(last_id_, id);
 }
 
 // Of two versions of a name the higher sealed one counts; a lower one that is sealed later drains at once.

@@ -39,6 +39,7 @@ struct StoreOptions {
   QuotaLimits quota;
   uid_t admin = 0;  // the daemon's user
   ArrayId first_id = 1;
+  std::uint64_t id_step = 1;  // ids grow by 1 to this much, at random: nobody can take their names before
 };
 
 struct CreateRequest {
@@ -140,6 +141,8 @@ class Store {
 
   // ---- What an earlier daemon left ----
 
+  // `id` was used by an earlier daemon: ids to come are higher, so that their order is that of creation.
+  void note_id(ArrayId id) noexcept;
   // Takes over a sealed array, and serves it as that did; not if it `is_tampered`. Of two versions of a name
   // the higher counts, the other drains, until drop_unviewed() though nobody views it yet. Charged to its
   // owner, whatever the limits are now.
@@ -163,7 +166,8 @@ class Store {
 
   // ---- Memory that is no array: the slots of a result set ----
 
-  [[nodiscard]] ArrayId next_id() noexcept;
+  // Higher than every id before, and one whose name in shared memory nobody has.
+  [[nodiscard]] ArrayId next_id();
   // Takes the room for a segment, or for the `size_bytes` that one shall grow. Errors: out_of_memory as
   // reserve(), quota_exceeded.
   [[nodiscard]] Result<void> charge_segment(uid_t owner, std::uint64_t size_bytes);

@@ -1,6 +1,7 @@
 // Somebody removes the files of arrays from /dev/shm, as a session manager's clean-up does, or changes their
 // bytes while no daemon looks. What can be served is; what cannot be trusted is not.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <csignal>
 #include <fcntl.h>
@@ -97,6 +98,41 @@ TEST_F(OutsideHands, AnArrayWhoseFileWasRemovedGetsANewOne) {
   expect_served(client, "a");
   kill_and_start();
   expect_served(connect(), "a");
+}
+
+// Anybody may make files in /dev/shm, of any name.
+TEST_F(OutsideHands, NamesThatAreTakenInAdvanceStopNobody) {
+  const Client client = connect();
+  put(client, "a");
+  const std::uint64_t last = info_of(client, "a").id;
+  std::vector<fs::path> taken;
+  for (std::uint64_t id = last + 1; id <= last + 2000; ++id) {
+    taken.push_back("/dev/shm" + segment_name(instance(), id));
+    const UniqueFd file(::open(taken.back().c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, 0600));
+    ASSERT_TRUE(file);
+    ASSERT_TRUE(::geteuid() != 0 || ::fchown(file.get(), 65534, 65534) == 0);
+  }
+  const auto write = [](const Client& by, const std::string& suffix) {
+    EXPECT_THAT(by.put("a", {Dtype::of<std::uint8_t>(), {10}}, pattern_bytes(10), {.replace = true}),
+                Succeeds());
+    EXPECT_THAT(by.create_results("dense" + suffix, {Dtype::of<std::uint8_t>(), {10}}, 2), Succeeds());
+    auto ragged = by.create_ragged("ragged" + suffix, 2);
+    ASSERT_THAT(ragged, Succeeds());
+    auto slot = ragged->lease();
+    ASSERT_THAT(slot, Succeeds());
+    EXPECT_THAT((*slot)->allocate({Dtype::of<std::uint8_t>(), {100'000}}), Succeeds());
+  };
+  write(client, " before");
+  EXPECT_GT(info_of(client, "a").id, last + 2000) << "in order of creation";
+  const UniqueFd log(::memfd_create("log", MFD_CLOEXEC));
+  kill();
+  start_keeping({}, {.log = log.get()});
+  write(connect(), " after");
+  std::array<char, 65536> text{};
+  const auto bytes = ::pread(log.get(), text.data(), text.size(), 0);
+  const auto lines = std::count(text.begin(), text.begin() + bytes, '\n');
+  EXPECT_LE(lines, 20) << "one line for all of them";
+  for (const auto& file : taken) fs::remove(file);
 }
 
 TEST_F(OutsideHands, TheOldMemoryGoesWithItsViews) {

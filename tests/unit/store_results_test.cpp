@@ -141,6 +141,24 @@ TEST_F(StoreForResults, SegmentsAndArraysNeverShareAnId) {
   EXPECT_EQ(store_->next_id(), array + 1);
 }
 
+// Anybody may make a file of any name in /dev/shm.
+TEST_F(StoreForResults, PassesOverNamesThatAreTaken) {
+  const ArrayId first = store_->next_id();
+  std::vector<Segment> taken;
+  for (ArrayId id = first + 1; id <= first + 5; ++id) taken.push_back(make_segment(id, 2 * kPageBytes, ""));
+  EXPECT_EQ(put(kAlice, "x"), first + 6);
+  taken.clear();
+}
+
+TEST_F(StoreForResults, IdsGrowBeyondThoseOfAnEarlierDaemon) {
+  const ArrayId first = store_->next_id();
+  store_->note_id(first + 1000);
+  EXPECT_EQ(store_->next_id(), first + 1001);
+  store_->note_id(first);
+  store_->note_id(UINT64_MAX);
+  EXPECT_EQ(store_->next_id(), first + 1002);
+}
+
 // ---- Quotas ----
 
 class StoreForResultsWithQuota : public StoreTest {
