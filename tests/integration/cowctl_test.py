@@ -733,6 +733,13 @@ class Fsck(CowctlTest):
         for file in self.daemon.files():
             os.unlink(file)
 
+    def test_sees_a_daemon_whose_lock_file_was_removed(self):
+        self.put("x", np.arange(3))
+        os.unlink(f"/dev/shm/cowmgr.{self.daemon.instance}.lock")
+        (instance,) = self.fsck()
+        self.assertEqual(instance["daemon_pid"], self.daemon.process.pid)
+        self.refuse("busy", "fsck", self.daemon.instance, "--repair", says="stop it first")
+
     def test_lists_what_there_is_without_a_daemon(self):
         self.put("x", np.arange(3), "--pin")
         (instance,) = self.fsck()
