@@ -25,7 +25,8 @@ void Reporter::ReportRuns(const std::vector<Run>& runs) {
   std::vector<Run> shown;
   for (const Run& run : runs) {
     if (run.aggregate_name == "median") shown.push_back(run);
-    if (run.run_type != Run::RT_Iteration || run.error_occurred) continue;
+    if (run.run_type != Run::RT_Iteration) continue;
+    // One that failed has no counters.
     for (const auto& [name, counter] : run.counters)
       samples_[run.run_name.function_name][name].push_back(counter.value);
   }

@@ -1,10 +1,12 @@
 // The client: a connection to a cowmgr daemon.
 //
-//   auto client = cowmgr::Client::connect();     // where is the daemon? see ConnectOptions
-//   auto array = client->attach("train");        // maps, never copies
-//   std::span<const float> pixels = *array->as<float>();
+//   using cowmgr::or_throw;
+//   const auto client = or_throw(cowmgr::Client::connect());  // where is the daemon? see ConnectOptions
+//   const auto array = or_throw(client.attach("train"));      // maps, never copies
+//   std::span<const float> pixels = or_throw(array.as<float>());
 //
-// Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library.
+// Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library. Check
+// it, or let or_throw() of exception.hpp give the value or throw the sentence.
 #pragma once
 
 #include <cstddef>

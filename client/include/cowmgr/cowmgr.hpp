@@ -1,9 +1,10 @@
 // Everything of the client library.
 #pragma once
 
-#include "cowmgr/array.hpp"     // IWYU pragma: export
-#include "cowmgr/client.hpp"    // IWYU pragma: export
-#include "cowmgr/embedded.hpp"  // IWYU pragma: export
-#include "cowmgr/info.hpp"      // IWYU pragma: export
-#include "cowmgr/pool.hpp"      // IWYU pragma: export
-#include "cowmgr/results.hpp"   // IWYU pragma: export
+#include "cowmgr/array.hpp"      // IWYU pragma: export
+#include "cowmgr/client.hpp"     // IWYU pragma: export
+#include "cowmgr/embedded.hpp"   // IWYU pragma: export
+#include "cowmgr/exception.hpp"  // IWYU pragma: export
+#include "cowmgr/info.hpp"       // IWYU pragma: export
+#include "cowmgr/pool.hpp"       // IWYU pragma: export
+#include "cowmgr/results.hpp"    // IWYU pragma: export

@@ -1,9 +1,9 @@
 // Worker processes that map a function over the rows of an array, or over sets of arguments.
 //
-//   auto pool = cowmgr::Pool::start(client);            // as many workers as processors, less one
-//   auto doubled = pool->map(input, +[](std::span<const double> x, std::span<double> out) { ... });
-//   auto sums = pool->map(input, +[](std::span<const double> x) { return std::accumulate(...); });
-//   auto power = pool->apply(+[](double base, int exponent) { return std::pow(base, exponent); }, 2.0, 10);
+//   const auto pool = or_throw(cowmgr::Pool::start(client));  // as many workers as processors, less one
+//   auto doubled = or_throw(pool.map(input, [](std::span<const double> x, std::span<double> out) { ... }));
+//   auto sums = or_throw(pool.map(input, [](std::span<const double> x) { return std::accumulate(...); }));
+//   auto power = or_throw(pool.apply([](double base, int n) { return std::pow(base, n); }, 2.0, 10));
 //
 // A task is a plain function, or a lambda without captures: what it needs besides its chunk are arguments,
 // since a worker is another process. It may return a value, Result<...>, or nothing; an error that it
