@@ -12,12 +12,12 @@ from pathlib import Path
 # its own layer and those below it.
 DAEMON_LAYERS = [
     ["state_change"],
-    ["shm_env", "peer", "quota", "fd_store"],
+    ["shm_env", "shm_holders", "peer", "quota", "descriptors", "fd_store"],
     ["slot_table"],
     ["store", "store_adoption"],
     ["results"],
     ["recovery"],
-    ["wire", "config"],
+    ["bounds", "wire", "config"],
     ["core"],
     ["channel"],
     ["session"],
