@@ -107,7 +107,7 @@ class Driver {
   }
 
   Result<void> commit() {
-    const auto done = slot_->commit();
+    auto done = slot_->commit();
     slot_.reset();
     return done;
   }
