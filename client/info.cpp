@@ -91,6 +91,28 @@ ClientInfo info_of(const wire::ClientInfo& table) {
           .connected = time_of(table.connected_us())};
 }
 
+namespace {
+
+DaemonMemory memory_of(const wire::Pong& table) {
+  const auto* states = table.memory();
+  if (states == nullptr)  // an older daemon
+    return {.pinned_bytes = table.pinned_bytes(),
+            .viewed_bytes = table.viewed_bytes(),
+            .evictable_bytes = table.evictable_bytes()};
+  return {.free_bytes = states->free_bytes(),
+          .writing_bytes = states->writing_bytes(),
+          .draining_bytes = states->draining_bytes(),
+          .pinned_bytes = states->pinned_bytes(),
+          .viewed_bytes = states->viewed_bytes(),
+          .evictable_bytes = states->evictable_bytes(),
+          .kept_bytes = states->kept_bytes(),
+          .results_bytes = states->results_bytes(),
+          .reclaiming_bytes = states->reclaiming_bytes(),
+          .outside_bytes = states->outside_bytes()};
+}
+
+}  // namespace
+
 DaemonInfo info_of(const wire::Pong& table) {
   return {.version = std::string(view_of(table.version())),
           .instance = std::string(view_of(table.instance())),
@@ -106,7 +128,8 @@ DaemonInfo info_of(const wire::Pong& table) {
           .viewed_bytes = table.viewed_bytes(),
           .arrays = table.arrays(),
           .sessions = table.sessions(),
-          .result_sets = table.result_sets()};
+          .result_sets = table.result_sets(),
+          .memory = memory_of(table)};
 }
 
 std::vector<std::string> strings_of(const flatbuffers::Vector<Offset<flatbuffers::String>>* texts) {

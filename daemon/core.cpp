@@ -6,6 +6,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <boost/asio/as_tuple.hpp>
 #include <boost/asio/detached.hpp>
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -25,6 +26,11 @@ constexpr int kPoolNice = 10;  // the loop answers first
 constexpr auto kFirstRetry = std::chrono::milliseconds(1);
 constexpr auto kExplainAfter = std::chrono::milliseconds(100);
 constexpr auto kLongestRetry = std::chrono::milliseconds(500);
+
+// Of garbage that others hold: who is dying is gone by then, even on a busy machine.
+constexpr auto kDyingPatience = std::chrono::seconds(1);
+constexpr auto kLongestOutsideRetry = std::chrono::seconds(5);
+constexpr auto kLookOutsideEvery = std::chrono::milliseconds(50);  // at most, whoever asks
 
 }  // namespace
 
@@ -52,6 +58,7 @@ Core::Core(asio::io_context& io_context, const Config& options, const ShmEnv& sh
       started(now()),
       purges(options.purge),
       pool_(kPoolThreads),
+      outside_retry_(io_context),
       grace_end_(io_context),
       lease_end_(io_context) {}
 
@@ -158,32 +165,102 @@ void Core::begin_to_stop() noexcept {
   stops_work_ = true;
   lease_end_.cancel();
   grace_end_.cancel();
+  outside_retry_.cancel();
 }
 
 void Core::settle() {
   wake_waiters();
-  auto garbage = store.take_garbage();
+  auto garbage = take_garbage();
   if (!garbage.empty()) asio::co_spawn(io, reclaim(std::move(garbage)), asio::detached);
 }
 
-asio::awaitable<void> Core::settle_and_reclaim() {
+asio::awaitable<std::uint64_t> Core::settle_and_reclaim() {
   wake_waiters();
-  auto garbage = store.take_garbage();
-  if (!garbage.empty()) co_await reclaim(std::move(garbage));
+  auto garbage = take_garbage();
+  if (garbage.empty()) co_return 0;
+  co_return co_await reclaim(std::move(garbage));
 }
 
-asio::awaitable<void> Core::reclaim(std::vector<Segment> garbage) {
-  std::uint64_t size_bytes = 0;
-  for (const auto& segment : garbage) size_bytes += segment.size_bytes;
-  auto work = [this, segments = std::move(garbage)]() mutable {
-    for (auto& segment : segments) env.remove(std::move(segment));
-    return true;
+std::vector<Core::Outside> Core::take_garbage() {
+  std::vector<Outside> all;
+  const Tick now = std::chrono::steady_clock::now();
+  for (Garbage& garbage : store.take_garbage()) all.push_back({std::move(garbage), now});
+  return all;
+}
+
+asio::awaitable<std::uint64_t> Core::reclaim(std::vector<Outside> garbage) {
+  auto work = [this, all = std::move(garbage)]() mutable {
+    for (Outside& one : all) {
+      if (env.try_remove(one.garbage.segment)) one.is_free = true;
+    }
+    return std::move(all);
   };
-  co_await offload(std::move(work));
-  store.reclaimed(size_bytes);
+  auto tried = co_await offload(std::move(work));
+  const auto refused = std::ranges::stable_partition(tried, [](const Outside& one) { return one.is_free; });
+  for (const Outside& one : std::span(tried.begin(), refused.begin())) {
+    if (one.is_told)
+      store.end_outside(one.garbage);
+    else
+      store.reclaimed(one.garbage.size_bytes);
+  }
+  std::uint64_t refused_bytes = 0;
+  for (Outside& one : refused) {
+    refused_bytes += one.garbage.size_bytes;
+    keep_outside(std::move(one));
+  }
   waits.wake({WaitKey::Topic::reclaimed});
+  if (refused.begin() == tried.begin()) co_return refused_bytes;
   rewritten_in_vain_.clear();  // there may be room now
   start_rewriting();
+  co_return refused_bytes;
+}
+
+// ---- What others hold ----
+
+// The pause grows with the time that it has been held: some twenty tries in the first second, later one in
+// five.
+void Core::keep_outside(Outside one) {
+  const Tick now = std::chrono::steady_clock::now();
+  if (!one.is_told && now - one.since >= kDyingPatience) {
+    one.is_told = true;
+    store.begin_outside(one.garbage);
+    spdlog::info("{} of {} stay taken: some process has it mapped or open without a view",
+                 format_size(one.garbage.size_bytes), one.garbage.segment.name);
+  }
+  const auto pause = std::clamp<Tick::duration>((now - one.since) / 2, kFirstRetry, kLongestOutsideRetry);
+  outside_.emplace(now + pause, std::move(one));
+  if (is_retrying_outside_ || is_stopping_) {
+    outside_retry_.cancel();  // this one may come first
+    return;
+  }
+  is_retrying_outside_ = true;
+  asio::co_spawn(io, retry_outside(), asio::detached);
+}
+
+std::vector<Core::Outside> Core::take_outside(Tick until) {
+  std::vector<Outside> due;
+  const auto end = outside_.upper_bound(until);
+  for (auto at = outside_.begin(); at != end; ++at) due.push_back(std::move(at->second));
+  outside_.erase(outside_.begin(), end);
+  return due;
+}
+
+asio::awaitable<void> Core::retry_outside() {
+  while (!outside_.empty() && !is_stopping_) {
+    outside_retry_.expires_at(outside_.begin()->first);
+    (void)co_await outside_retry_.async_wait(asio::as_tuple(asio::use_awaitable));
+    auto due = take_outside(std::chrono::steady_clock::now());
+    if (!due.empty() && !is_stopping_) (void)co_await reclaim(std::move(due));
+  }
+  is_retrying_outside_ = false;
+}
+
+asio::awaitable<void> Core::look_outside() {
+  const Tick now = std::chrono::steady_clock::now();
+  if (now - looked_outside_ < kLookOutsideEvery) co_return;
+  looked_outside_ = now;
+  auto all = take_outside(Tick::max());
+  if (!all.empty()) (void)co_await reclaim(std::move(all));
 }
 
 asio::awaitable<void> Core::retry_seals() {

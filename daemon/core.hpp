@@ -101,8 +101,11 @@ class Core {
   // To be called after every change of store or results, before its answer: finishes result sets, wakes
   // waiters, and gives memory back in the background.
   void settle();
-  // The same, and waits until the memory that was garbage by now is given back.
-  [[nodiscard]] asio::awaitable<void> settle_and_reclaim();
+  // The same, and waits until the memory that was garbage by now is given back. Returns how much of it is
+  // not, since others have it open or mapped; that is tried again, see Outside.
+  asio::awaitable<std::uint64_t> settle_and_reclaim();
+  // Looks whether what outsiders hold is free by now, unless somebody has just looked: for who lacks room.
+  [[nodiscard]] asio::awaitable<void> look_outside();
 
   // The processes that can still write to a segment, in words: "process 12 (worker), process 13 (worker)".
   [[nodiscard]] asio::awaitable<std::string> writers_in_words(ArrayId id);
@@ -153,7 +156,21 @@ class Core {
   [[nodiscard]] asio::awaitable<void> rewrite_unlinked();
   [[nodiscard]] asio::awaitable<void> rewrite(ArrayId id);
   [[nodiscard]] asio::awaitable<void> check_contents(std::vector<ArrayId> arrays);
-  [[nodiscard]] asio::awaitable<void> reclaim(std::vector<Segment> garbage);
+  // Garbage that others have open or mapped: processes that use no library, a client that has not closed a
+  // result set, or one that is just dying. A write lease tells when they have gone; until then it is tried
+  // again, ever more seldom.
+  struct Outside {
+    Garbage garbage;
+    Tick since{};
+    bool is_told = false;  // Store::begin_outside(): nobody who is just dying holds it
+    bool is_free = false;  // by now
+  };
+  using OutsideByTime = std::multimap<Tick, Outside>;  // by when it is to be tried next
+  [[nodiscard]] asio::awaitable<std::uint64_t> reclaim(std::vector<Outside> garbage);
+  void keep_outside(Outside one);
+  [[nodiscard]] std::vector<Outside> take_outside(Tick until);
+  [[nodiscard]] asio::awaitable<void> retry_outside();
+  [[nodiscard]] std::vector<Outside> take_garbage();
   [[nodiscard]] asio::awaitable<void> retry_seals();
   void watch_lease_ends();
   void end_grace();
@@ -162,6 +179,10 @@ class Core {
   bool is_retrying_ = false;
   bool is_rewriting_ = false;
   std::set<ArrayId> rewritten_in_vain_;  // since memory was given back last
+  OutsideByTime outside_;
+  Tick looked_outside_{};  // at all of it, last
+  bool is_retrying_outside_ = false;
+  asio::steady_timer outside_retry_;
   bool is_telling_ = false;
   bool is_stopping_ = false;
   std::atomic<bool> stops_work_{false};  // in the pool

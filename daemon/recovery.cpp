@@ -123,8 +123,11 @@ class Recoverer {
       move_aside(found.id, name, adopted.error().message);
     } else {
       if (adopted.error().code != Errc::not_found) return error_of(adopted);
+      // Its clients may have it mapped still: it counts until they have not.
       ++recovery_.removed;
-      env_.remove(std::move(memory.segment));
+      const uid_t owner = found.file.results.owner_uid;
+      store_.take_over_segment(owner, memory.segment.size_bytes);
+      store_.discard(owner, std::move(memory.segment));
     }
     return {};
   }

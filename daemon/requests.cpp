@@ -192,8 +192,10 @@ Answer evict(Call& call, const wire::Evict& table) {
   if (!evicted) co_return error_of(std::move(evicted));
   for (const auto& name : evicted->names)
     spdlog::info("array {} evicted by process {}", printable(name), call.session->peer().pid);
-  co_await call.core.settle_and_reclaim();  // so that what is free after the answer is free
-  co_return names_reply(call, evicted->names, evicted->freed_bytes);
+  // So that what is free after the answer is free.
+  const std::uint64_t held_bytes = co_await call.core.settle_and_reclaim();
+  co_return names_reply(call, evicted->names,
+                        evicted->freed_bytes - std::min(evicted->freed_bytes, held_bytes));
 }
 
 Answer pin(Call& call, const wire::Pin& table) {
@@ -274,12 +276,14 @@ Answer list_clients(Call& call, const wire::ListClients& table) {
 Answer ping(Call& call, const wire::Ping& /*table*/) {
   Core& core = call.core;
   const MemoryUse use = core.store.memory_use();
+  const auto memory = pack(call.builder, use.states);
   co_return reply_of(wire::CreatePongDirect(
       call.builder, std::string(kVersion).c_str(), core.config.instance.c_str(), core.config.socket.c_str(),
       ::getpid(), ::geteuid(), microseconds(core.started),
       protection_of(core.env, call.session->peer().uid, ::geteuid()), use.capacity_bytes, use.used_bytes,
       use.pinned_bytes, use.evictable_bytes, use.viewed_bytes, static_cast<std::uint32_t>(core.store.size()),
-      static_cast<std::uint32_t>(core.sessions.size()), static_cast<std::uint32_t>(core.results.size())));
+      static_cast<std::uint32_t>(core.sessions.size()), static_cast<std::uint32_t>(core.results.size()),
+      memory));
 }
 
 Answer shutdown(Call& call, const wire::Shutdown& table) {

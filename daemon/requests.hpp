@@ -49,16 +49,22 @@ template <class Table>
 inline constexpr std::size_t kPageItems = 512;             // of one listing at most
 inline constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is closed: an item may take 20 KiB
 
-// Tries until there is room: waits while memory is being given back, or taken only for a while. `reserve`
-// returns a Result<T>.
+// Tries until there is room: waits while memory is being given back, or taken only for a while, and looks
+// once whether what outsiders hold is free by now. `reserve` returns a Result<T>.
 template <class Reserve>
 [[nodiscard]] asio::awaitable<std::invoke_result_t<Reserve>> when_there_is_room(Call& call, Reserve reserve) {
   Core& core = call.core;
   const WaitKey key{
       WaitKey::Topic::reclaimed};  // not in the co_await: gcc 12 destroys temporaries there twice
   auto reserved = reserve();
-  while (!reserved && reserved.error().code == Errc::out_of_memory && core.store.expects_room()) {
-    co_await core.settle_and_reclaim();
+  bool has_looked_outside = false;
+  while (!reserved && reserved.error().code == Errc::out_of_memory) {
+    if (core.store.expects_room()) {
+      co_await core.settle_and_reclaim();
+    } else {
+      if (std::exchange(has_looked_outside, true) || core.store.outside_bytes() == 0) break;
+      co_await core.look_outside();
+    }
     auto woken = Channel::Woken::changed;
     if (core.store.expects_room()) woken = co_await call.channel.wait_change(key, Deadline::max());
     if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);

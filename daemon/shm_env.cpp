@@ -80,6 +80,14 @@ Result<UniqueFd> open_object(const std::string& name, ipc::mode_t mode = ipc::re
   }
 }
 
+// The same file, opened anew. The link leads to it whether it has a name or not (proc(5)).
+Result<UniqueFd> open_again(int kept) {
+  const std::string path = fmt::format("/proc/self/fd/{}", kept);
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd) return tl::unexpected(os_error("open", path, errno));
+  return fd;
+}
+
 Result<void> write_at(int fd, std::string_view name, std::span<const std::byte> bytes, std::uint64_t offset) {
   while (!bytes.empty()) {
     const auto count = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
@@ -170,9 +178,10 @@ Result<void> allocate(const Segment& segment, std::uint64_t offset, std::uint64_
   return {};
 }
 
-// Whether nobody but this descriptor has the file open or mapped: else the kernel gives no write lease
-// (fcntl(2), F_SETLEASE; fs/locks.c, check_conflicting_open). Where it gives none at all, nobody knows. The
-// lease ends with the descriptor; until then nobody else can open the file (45 s at most, proc_sys_fs(5)).
+// Whether nobody but this open file (open(2)) has the file open or mapped: else the kernel gives no write
+// lease (fcntl(2), F_SETLEASE; fs/locks.c, check_conflicting_open). Who got a duplicate of the descriptor, or
+// mapped it, is not counted: ask with one that never left the daemon. The lease ends with the descriptor;
+// until then nobody else can open the file (45 s at most, proc_sys_fs(5)).
 bool has_one_holder(int fd) noexcept {
   return ::fcntl(fd, F_SETLEASE, F_WRLCK) == 0;
 }
@@ -269,14 +278,8 @@ Result<ShmEnv::Found> ShmEnv::find(std::uint64_t id) const {
   return look_at(id, [&] { return open_object(name); });
 }
 
-// The link leads to the file whether it has a name or not (proc(5)).
 Result<ShmEnv::Found> ShmEnv::find(std::uint64_t id, const UniqueFd& kept) const {
-  const std::string path = fmt::format("/proc/self/fd/{}", kept.get());
-  return look_at(id, [&]() -> Result<UniqueFd> {
-    UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    if (!fd) return tl::unexpected(os_error("open", path, errno));
-    return fd;
-  });
+  return look_at(id, [&] { return open_again(kept.get()); });
 }
 
 template <class Open>
@@ -567,6 +570,39 @@ void ShmEnv::unlink(const Segment& segment) const noexcept {
 
 void ShmEnv::remove(Segment segment) const noexcept {
   unlink(segment);
+}
+
+bool ShmEnv::try_remove(Segment& segment) const noexcept {
+  const Others others = has_leases_ ? others_with(segment) : Others::unknown;
+  if (others == Others::some) return false;
+  unlink(segment);
+  // Whoever looked the name up just before waits in open(2), and has the file when the lease is gone.
+  if (others == Others::none && ::fcntl(segment.lease.get(), F_GETLEASE) != F_WRLCK) {
+    end_lease(segment.lease.get());
+    segment.name.clear();
+    return false;
+  }
+  segment = {};
+  return true;
+}
+
+// Only the lease's descriptor stays, which never leaves the daemon: what readers and writers were given may
+// live on with them. EAGAIN is the refusal. Where leases were switched off meanwhile
+// (/proc/sys/fs/leases-enable) nobody knows; other errors do not last.
+ShmEnv::Others ShmEnv::others_with(Segment& segment) const noexcept {
+  if (!segment.lease) {
+    auto lease = open_again(segment.reader ? segment.reader.get() : segment.writer.get());
+    if (!lease) return Others::some;
+    segment.lease = *std::move(lease);
+  }
+  segment.reader.reset();
+  segment.writer.reset();
+  const int fd = segment.lease.get();
+  ::fcntl(fd, F_SETSIG, lease_signal_);
+  if (has_one_holder(fd)) return Others::none;
+  if (errno == EINVAL || errno == EACCES) return Others::unknown;
+  end_lease(fd);  // who opens it for writing now does no harm, and shall not wait
+  return Others::some;
 }
 
 }  // namespace cowmgr

@@ -173,6 +173,11 @@ class ShmEnv {
   // unlink(), then closes all. Blocks while the kernel frees the memory, if nobody else holds it.
   void remove(Segment segment) const noexcept;
 
+  // The same, but only when the kernel says that nobody else has the segment open or mapped: then its memory
+  // is free. Else it keeps its name and one descriptor, and false is returned: call again later. Where the
+  // kernel gives no leases nobody knows, and it is removed whoever has it. Blocks as remove() does.
+  [[nodiscard]] bool try_remove(Segment& segment) const noexcept;
+
   // The processes that hold a writable descriptor or mapping, as far as /proc shows them to this user.
   // Blocks: reads /proc of every process.
   [[nodiscard]] std::vector<Holder> writers_of(const Segment& segment) const;
@@ -182,6 +187,8 @@ class ShmEnv {
 
  private:
   [[nodiscard]] bool probe_leases() const;
+  enum class Others : std::uint8_t { none, some, unknown };  // who have the file open or mapped
+  [[nodiscard]] Others others_with(Segment& segment) const noexcept;
   // The seal, but for the mark.
   [[nodiscard]] Result<bool> prove(Segment& segment, std::string_view header,
                                    const TrailerPage& trailer) const;

@@ -92,7 +92,7 @@ Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, 
   auto header = make_npy_header(request.spec, kDataOffset);
   if (!header) return error_of(std::move(header));
   if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
-  if (auto ok = charge_segment(owner_of(session, request).uid, segment_bytes(*bytes)); !ok)
+  if (auto ok = charge_array(owner_of(session, request).uid, segment_bytes(*bytes)); !ok)
     return error_of(std::move(ok));
   return add_record(session, next_id(), request, *std::move(header), now).id;
 }
@@ -169,7 +169,8 @@ const ArrayRecord* Store::being_written(const std::string& name) const {
 
 Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
   if (orphans_.erase(id) > 0) {
-    garbage_.push_back(std::move(segment));  // being given back already
+    const std::uint64_t size_bytes = segment.size_bytes;  // which counts as being given back already
+    garbage_.push_back({std::move(segment), size_bytes});
     return fail(Errc::not_found, "the array was given up while its memory was being reserved");
   }
   ArrayRecord& record = records_.at(id);
@@ -359,7 +360,7 @@ void Store::drop_views(ArrayRecord& record, std::uint32_t count) {
   COWMGR_ASSERT(record.views >= count);
   record.views -= count;
   if (record.views > 0) return;
-  for (Segment& older : std::exchange(record.older, {})) throw_away(std::move(older));
+  for (Segment& older : std::exchange(record.older, {})) throw_away(std::move(older), record.owner.uid);
   if (record.state == State::draining && !record.is_awaited) drop(record.id);
 }
 
@@ -439,12 +440,11 @@ void Store::drain(ArrayRecord& record) {
   unlinked_.erase(record.id);
   if (ArrayId& current = names_.at(record.name).current; current == record.id) current = 0;
   changed_names_.push_back(record.name);
-  // The file stays with the views: the next daemon, too, must know of the memory, and find it by its id.
-  // Where a descriptor of it is kept, the mark says that it must not come back.
+  // The file stays while anybody has it: the next daemon, too, must know of the memory, and find it by its
+  // id. The mark says that it must not come back, also where a descriptor of it is kept.
   const bool is_marked = env_.mark_draining(record.segment).has_value();
-  const bool is_needed = record.views > 0 || record.is_awaited;
-  if ((!is_needed || !is_marked) && !record.is_unlinked) env_.unlink(record.segment);
-  if (!is_needed) drop(record.id);
+  if (!is_marked && !record.is_unlinked) env_.unlink(record.segment);
+  if (record.views == 0 && !record.is_awaited) drop(record.id);
 }
 
 void Store::drop(ArrayId id) {
@@ -460,7 +460,7 @@ void Store::drop(ArrayId id) {
   changed_names_.push_back(record.name);
   dropped_.push_back(id);
   if (record.is_unlinked) record.segment.name.clear();  // whatever has the name now is not ours
-  if (record.state != State::reserved) return throw_away(std::move(record.segment));
+  if (record.state != State::reserved) return throw_away(std::move(record.segment), record.owner.uid);
   reclaiming_bytes_ += record.segment_bytes();
   orphans_.emplace(id, record.segment_bytes());
 }

@@ -7,9 +7,9 @@
 // 1. A record is in one state: reserved (no memory yet) -> writing -> sealed -> draining, or tampered.
 // 2. One version of a name is current: the highest that was sealed and neither evicted nor replaced.
 // 3. A record's views are the sum of its views over all sessions. It is dropped at zero views when draining.
-// 4. used_bytes never understates the memory that is taken: it is the sum of segment_bytes over all records,
-//    their older copies, copies under way, unclaimed arrays and other segments, and of what was handed out as
-//    garbage and not yet reported reclaimed().
+// 4. used_bytes never understates the memory that is taken: every byte of it is in one state (MemoryStates).
+//    What was handed out as garbage counts until it is reported reclaimed(), which is when the kernel says
+//    that nobody has it any more.
 #pragma once
 
 #include <cstdint>
@@ -93,13 +93,41 @@ struct ArrayRecord {
 // What the trailer says of the array as it is now.
 [[nodiscard]] TrailerPage trailer_page(const ArrayRecord& record);
 
-// How the capacity is used; the last three are parts of the second.
+// Where the capacity is: each byte is in one state, the first that fits. Their sum is the capacity, or what
+// is used if that is more: a daemon may find more than it would take.
+struct MemoryStates {
+  std::uint64_t free_bytes = 0;
+  std::uint64_t writing_bytes = 0;     // reserved, being written or copied, or waiting for its writer
+  std::uint64_t draining_bytes = 0;    // evicted, replaced or rewritten, and kept for its views
+  std::uint64_t pinned_bytes = 0;      // viewed or not
+  std::uint64_t viewed_bytes = 0;      // served, and somebody views it
+  std::uint64_t evictable_bytes = 0;   // goes when room is needed
+  std::uint64_t kept_bytes = 0;        // nobody views it, and it stays until somebody evicts it
+  std::uint64_t results_bytes = 0;     // slots and values of result sets
+  std::uint64_t reclaiming_bytes = 0;  // being given back
+  std::uint64_t outside_bytes = 0;     // gone for us, but processes have it mapped or open without a view
+
+  [[nodiscard]] std::uint64_t used_bytes() const noexcept {
+    return writing_bytes + draining_bytes + pinned_bytes + viewed_bytes + evictable_bytes + kept_bytes +
+           results_bytes + reclaiming_bytes + outside_bytes;
+  }
+};
+
+// How the capacity is used; the last three are parts of the second, and may overlap.
 struct MemoryUse {
   std::uint64_t capacity_bytes = 0;
   std::uint64_t used_bytes = 0;
   std::uint64_t pinned_bytes = 0;
   std::uint64_t evictable_bytes = 0;
   std::uint64_t viewed_bytes = 0;
+  MemoryStates states{};
+};
+
+// A segment that the store needs no more. Its memory may be somebody's still.
+struct Garbage {
+  Segment segment;
+  std::uint64_t size_bytes = 0;
+  std::optional<uid_t> owner{};  // who pays while others hold it; none: whose it was is not known for sure
 };
 
 class Store {
@@ -250,9 +278,15 @@ class Store {
 
   // ---- What changed, for the caller to act on ----
 
-  // Segments whose memory is to be given back, off this thread. Report each with reclaimed().
-  [[nodiscard]] std::vector<Segment> take_garbage() { return std::exchange(garbage_, {}); }
+  // Segments whose memory is to be given back, off this thread (ShmEnv::try_remove). Report each with
+  // reclaimed() when it is; until then nobody gets its room.
+  [[nodiscard]] std::vector<Garbage> take_garbage() { return std::exchange(garbage_, {}); }
   void reclaimed(std::uint64_t size_bytes);
+  // Somebody keeps this garbage: who waits for room waits for it no more, and its owner pays for it.
+  void begin_outside(const Garbage& garbage);
+  // It is reclaimed after all.
+  void end_outside(const Garbage& garbage);
+  [[nodiscard]] std::uint64_t outside_bytes() const noexcept { return outside_bytes_; }
   [[nodiscard]] std::uint64_t reclaiming_bytes() const noexcept { return reclaiming_bytes_; }
   [[nodiscard]] bool expects_room() const noexcept { return reclaiming_bytes_ > 0 || !rewriting_.empty(); }
   // Names whose waiters should look again.
@@ -272,7 +306,7 @@ class Store {
     Segment segment;
     ArraySpec spec;
     SessionId writer = 0;
-    uid_t owner = 0;
+    uid_t owner = 0;  // says the segment, which whoever wrote it may have forged
   };
   struct Versions {
     ArrayId current = 0;    // 0: none is sealed
@@ -288,8 +322,10 @@ class Store {
   [[nodiscard]] std::uint64_t next_version(const std::string& name) const;
   [[nodiscard]] ArrayId current_of(const std::string& name) const;
   [[nodiscard]] const ArrayRecord* being_written(const std::string& name) const;
+  [[nodiscard]] Result<void> charge_array(uid_t owner, std::uint64_t size_bytes);
   [[nodiscard]] Result<void> make_room(std::uint64_t size_bytes);
   [[nodiscard]] Error no_room(std::uint64_t size_bytes) const;
+  [[nodiscard]] std::string advice(std::uint64_t size_bytes, const MemoryStates& states) const;
   [[nodiscard]] std::string largest_holders() const;
   [[nodiscard]] Result<void> check_attach(SessionId session, const ArrayRecord& record) const;
   [[nodiscard]] Result<std::vector<ArrayRecord*>> match_to_change(SessionId session,
@@ -301,7 +337,8 @@ class Store {
   void drop_views(ArrayRecord& record, std::uint32_t count);
   void publish(ArrayRecord& record, Time now);
   void put_out_of_service(ArrayRecord& record, std::string_view harm);
-  void throw_away(Segment segment);
+  void throw_away(Segment segment, std::optional<uid_t> owner);
+  [[nodiscard]] MemoryStates memory_states() const;
   [[nodiscard]] bool is_wanted(ArrayId id, const Segment& copy) const;
   void drain(ArrayRecord& record);
   void drop(ArrayId id);
@@ -319,8 +356,10 @@ class Store {
   std::map<ArrayId, std::uint64_t> rewriting_;  // bytes of each
   std::unordered_map<SessionId, Holdings> sessions_;
   std::uint64_t used_bytes_ = 0;
-  std::uint64_t reclaiming_bytes_ = 0;
-  std::vector<Segment> garbage_;
+  std::uint64_t results_bytes_ = 0;     // of segments that are no arrays
+  std::uint64_t reclaiming_bytes_ = 0;  // garbage, orphans too
+  std::uint64_t outside_bytes_ = 0;     // garbage that somebody keeps
+  std::vector<Garbage> garbage_;
   std::vector<std::string> changed_names_;
   std::vector<ArrayId> served_;
   std::vector<ArrayId> dropped_;

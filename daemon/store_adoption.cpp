@@ -11,7 +11,8 @@ using State = ArrayRecord::State;
 
 void Store::adopt(Segment segment, const SegmentFile& file, bool is_tampered, Time now) {
   const TrailerInfo& trailer = file.trailer;
-  take_over_segment(trailer.owner_uid, segment.size_bytes);
+  quota_.take_over_array(trailer.owner_uid, segment.size_bytes);
+  used_bytes_ += segment.size_bytes;
   names_[trailer.name].all.insert(trailer.id);
   const auto [at, is_new] =
       records_.emplace(trailer.id, ArrayRecord{.id = trailer.id,
@@ -115,7 +116,7 @@ std::set<SessionId> Store::unclaimed_writers() const {
 void Store::drop_unclaimed(SessionId writer) {
   for (auto at = unclaimed_.begin(); at != unclaimed_.end();) {
     if (at->second.writer == writer) {
-      throw_away(std::move(at->second.segment));
+      throw_away(std::move(at->second.segment), std::nullopt);
       at = unclaimed_.erase(at);
     } else {
       ++at;

@@ -38,16 +38,35 @@ Result<void> Store::make_room(std::uint64_t size_bytes) {
   return {};
 }
 
+// What one can do so that this fits.
+std::string Store::advice(std::uint64_t size_bytes, const MemoryStates& states) const {
+  if (size_bytes > options_.capacity_bytes) return "start the daemon with a larger --capacity";
+  std::string text;
+  if (states.kept_bytes > 0) text += "evict arrays that are kept, or put them as evictable; ";
+  if (states.pinned_bytes > 0) text += "unpin arrays; ";
+  if (states.viewed_bytes + states.draining_bytes > 0) text += "release views; ";
+  if (states.results_bytes > 0) text += "end result sets; ";
+  if (states.outside_bytes > 0) text += "end the processes that map segments without the library; ";
+  return text + "or start the daemon with a larger --capacity";
+}
+
 Error Store::no_room(std::uint64_t size_bytes) const {
-  const MemoryUse use = memory_use();
-  const std::uint64_t free_bytes = use.capacity_bytes - std::min(use.capacity_bytes, use.used_bytes);
-  return {
-      Errc::out_of_memory,
-      fmt::format("this needs {}; of the capacity of {}, {} is free, {} evictable, {} pinned, {} in use{}; "
-                  "evict or unpin arrays, or start the daemon with a larger --capacity",
-                  format_size(size_bytes), format_size(use.capacity_bytes), format_size(free_bytes),
-                  format_size(use.evictable_bytes), format_size(use.pinned_bytes),
-                  format_size(use.viewed_bytes), largest_holders())};
+  const MemoryStates states = memory_states();
+  std::string text =
+      fmt::format("this needs {}; of the capacity of {}, {} is free, {} evictable, {} pinned, {} viewed",
+                  format_size(size_bytes), format_size(options_.capacity_bytes),
+                  format_size(states.free_bytes), format_size(states.evictable_bytes),
+                  format_size(states.pinned_bytes), format_size(states.viewed_bytes));
+  const auto add = [&](std::uint64_t bytes, std::string_view what) {
+    if (bytes > 0) text += fmt::format(", {} {}", format_size(bytes), what);
+  };
+  add(states.kept_bytes, "kept");
+  add(states.writing_bytes, "being written");
+  add(states.draining_bytes, "draining");
+  add(states.results_bytes, "in result sets");
+  add(states.outside_bytes, "gone but held by processes that map it without a view");
+  add(states.reclaiming_bytes, "being given back");
+  return {Errc::out_of_memory, text + largest_holders() + "; " + advice(size_bytes, states)};
 }
 
 // " (held by process 12: 3 GiB, process 13: 1 GiB)", the largest first.
@@ -96,7 +115,7 @@ std::vector<ArrayRecord*> Store::least_recently_used(const std::function<bool(co
 // ---- Memory that is no array ----
 
 // The quota first: who may not have the memory must not evict others for it.
-Result<void> Store::charge_segment(uid_t owner, std::uint64_t size_bytes) {
+Result<void> Store::charge_array(uid_t owner, std::uint64_t size_bytes) {
   if (auto ok = quota_.charge_array(owner, size_bytes); !ok) return ok;
   if (auto ok = make_room(size_bytes); !ok) {
     quota_.release_array(owner, size_bytes);
@@ -106,6 +125,12 @@ Result<void> Store::charge_segment(uid_t owner, std::uint64_t size_bytes) {
   return {};
 }
 
+Result<void> Store::charge_segment(uid_t owner, std::uint64_t size_bytes) {
+  auto charged = charge_array(owner, size_bytes);
+  if (charged) results_bytes_ += size_bytes;
+  return charged;
+}
+
 Result<void> Store::charge_growth(uid_t owner, std::uint64_t size_bytes) {
   if (auto ok = quota_.charge_bytes(owner, size_bytes); !ok) return ok;
   if (auto ok = make_room(size_bytes); !ok) {
@@ -113,41 +138,61 @@ Result<void> Store::charge_growth(uid_t owner, std::uint64_t size_bytes) {
     return ok;
   }
   used_bytes_ += size_bytes;
+  results_bytes_ += size_bytes;
   return {};
 }
 
 void Store::take_over_segment(uid_t owner, std::uint64_t size_bytes) {
   quota_.take_over_array(owner, size_bytes);
   used_bytes_ += size_bytes;
+  results_bytes_ += size_bytes;
 }
 
 void Store::release_segment(uid_t owner, std::uint64_t size_bytes) {
   quota_.release_array(owner, size_bytes);
   used_bytes_ -= size_bytes;
+  results_bytes_ -= size_bytes;
 }
 
 void Store::release_growth(uid_t owner, std::uint64_t size_bytes) {
   quota_.release_bytes(owner, size_bytes);
   used_bytes_ -= size_bytes;
+  results_bytes_ -= size_bytes;
 }
 
 void Store::discard(uid_t owner, Segment segment) {
-  env_.unlink(segment);
+  env_.unlink(segment);  // no mark says that it must not come back
   quota_.release_array(owner, segment.size_bytes);
-  throw_away(std::move(segment));
+  results_bytes_ -= segment.size_bytes;
+  throw_away(std::move(segment), owner);
 }
 
 // ---- What is given back ----
 
-void Store::throw_away(Segment segment) {
-  reclaiming_bytes_ += segment.size_bytes;
-  garbage_.push_back(std::move(segment));
+void Store::throw_away(Segment segment, std::optional<uid_t> owner) {
+  const std::uint64_t size_bytes = segment.size_bytes;
+  reclaiming_bytes_ += size_bytes;
+  garbage_.push_back({std::move(segment), size_bytes, owner});
 }
 
 void Store::reclaimed(std::uint64_t size_bytes) {
   COWMGR_ASSERT(reclaiming_bytes_ >= size_bytes && used_bytes_ >= size_bytes);
   reclaiming_bytes_ -= size_bytes;
   used_bytes_ -= size_bytes;
+}
+
+void Store::begin_outside(const Garbage& garbage) {
+  COWMGR_ASSERT(reclaiming_bytes_ >= garbage.size_bytes);
+  reclaiming_bytes_ -= garbage.size_bytes;
+  outside_bytes_ += garbage.size_bytes;
+  if (garbage.owner) quota_.take_over_array(*garbage.owner, garbage.size_bytes);
+}
+
+void Store::end_outside(const Garbage& garbage) {
+  COWMGR_ASSERT(outside_bytes_ >= garbage.size_bytes && used_bytes_ >= garbage.size_bytes);
+  outside_bytes_ -= garbage.size_bytes;
+  used_bytes_ -= garbage.size_bytes;
+  if (garbage.owner) quota_.release_array(*garbage.owner, garbage.size_bytes);
 }
 
 // ---- Copies of what lost its name ----
@@ -175,8 +220,8 @@ bool Store::end_rewrite(ArrayId id, std::optional<Segment> copy) {
   }
   if (!is_wanted(id, *copy)) {
     if (!ShmEnv::has_lost_name(*copy)) env_.unlink(*copy);
-    copy->name.clear();  // by now it may be another's
-    throw_away(*std::move(copy));
+    copy->name.clear();                          // by now it may be another's
+    throw_away(*std::move(copy), std::nullopt);  // nobody ever had it
     return false;
   }
   ArrayRecord& record = records_.at(id);
@@ -200,8 +245,31 @@ bool Store::is_wanted(ArrayId id, const Segment& copy) const {
 
 // ---- Looking ----
 
+MemoryStates Store::memory_states() const {
+  MemoryStates states{.results_bytes = results_bytes_,
+                      .reclaiming_bytes = reclaiming_bytes_,
+                      .outside_bytes = outside_bytes_};
+  const auto state_of = [&](const ArrayRecord& record) -> std::uint64_t& {
+    if (record.state < State::sealed) return states.writing_bytes;
+    if (record.state == State::draining) return states.draining_bytes;
+    if (record.pinned) return states.pinned_bytes;
+    if (record.views > 0) return states.viewed_bytes;
+    return record.is_reclaimable() ? states.evictable_bytes : states.kept_bytes;
+  };
+  for (const auto& [id, record] : records_) {
+    state_of(record) += record.segment_bytes();
+    for (const Segment& older : record.older) states.draining_bytes += older.size_bytes;
+  }
+  for (const auto& [id, kept] : unclaimed_) states.writing_bytes += kept.segment.size_bytes;
+  for (const auto& [id, size_bytes] : rewriting_) states.writing_bytes += size_bytes;
+  COWMGR_ASSERT(states.used_bytes() == used_bytes_);
+  states.free_bytes = options_.capacity_bytes - std::min(options_.capacity_bytes, used_bytes_);
+  return states;
+}
+
 MemoryUse Store::memory_use() const {
-  MemoryUse use{.capacity_bytes = options_.capacity_bytes, .used_bytes = used_bytes_};
+  MemoryUse use{
+      .capacity_bytes = options_.capacity_bytes, .used_bytes = used_bytes_, .states = memory_states()};
   for (const auto& [id, record] : records_) {
     const std::uint64_t size_bytes = record.segment_bytes();
     if (record.pinned) use.pinned_bytes += size_bytes;

@@ -58,6 +58,13 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
   return info.Finish();
 }
 
+Offset<wire::MemoryStates> pack(Builder& builder, const MemoryStates& states) {
+  return wire::CreateMemoryStates(builder, states.free_bytes, states.writing_bytes, states.draining_bytes,
+                                  states.pinned_bytes, states.viewed_bytes, states.evictable_bytes,
+                                  states.kept_bytes, states.results_bytes, states.reclaiming_bytes,
+                                  states.outside_bytes);
+}
+
 Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set) {
   std::vector<std::int32_t> pids;
   for (const SessionId session : set.workers) pids.push_back(pid_of(session));

@@ -18,6 +18,7 @@ using Offset = flatbuffers::Offset<T>;
 
 [[nodiscard]] Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record,
                                            wire::Protection protection);
+[[nodiscard]] Offset<wire::MemoryStates> pack(Builder& builder, const MemoryStates& states);
 [[nodiscard]] Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set);
 
 // From a request's tables to values, once it is known to stay within its bounds (bounds.hpp). Errors: as the

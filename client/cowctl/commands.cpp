@@ -29,6 +29,13 @@ std::string evict_text(const EvictReport& report) {
   return fmt::format("evicted {}; {} freed at once\n", quoted(report.names), format_size(report.freed_bytes));
 }
 
+// What no array of a list shows, and takes room all the same.
+std::string outside_text(const DaemonInfo& daemon) {
+  if (daemon.memory.outside_bytes == 0) return {};
+  return fmt::format("and {} of arrays and sets that are gone: processes have it mapped without a view\n",
+                     format_size(daemon.memory.outside_bytes));
+}
+
 Result<Report> set_pinned(const Options& options, bool is_pinned) {
   const auto client = connect(options);
   if (!client) return error_of(client);
@@ -76,10 +83,12 @@ Result<Report> run_ls(const Options& options) {
   if (!client) return error_of(client);
   const auto arrays = client->list(pattern_of(options));
   if (!arrays) return error_of(arrays);
+  const auto daemon = client->ping();
+  if (!daemon) return error_of(daemon);
   const std::string text = arrays->empty()
                                ? nothing_text(options, "arrays", "put one with `cowctl put FILE.npy`")
                                : arrays_table(*arrays, now(), options.style);
-  return Report{text, to_json(*arrays)};
+  return Report{text + outside_text(*daemon), to_json(*arrays)};
 }
 
 Result<Report> run_stat(const Options& options) {
@@ -141,8 +150,10 @@ Result<Report> run_ping(const Options& options) {
   json["instance"] = daemon.instance;
   json["socket"] = daemon.socket;
   json["pid"] = daemon.pid;
+  json["outside_bytes"] = daemon.memory.outside_bytes;
   return Report{fmt::format("{:.0f} us to cowmgr {}, instance {}, pid {}, at {}\n", median, daemon.version,
-                            daemon.instance, daemon.pid, visible(daemon.socket)),
+                            daemon.instance, daemon.pid, visible(daemon.socket)) +
+                    outside_text(daemon),
                 json};
 }
 

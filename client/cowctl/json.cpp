@@ -215,6 +215,21 @@ Json to_json(const ClientInfo& client) {
   return out;
 }
 
+Json to_json(const DaemonMemory& memory) {
+  Json out;
+  out["free_bytes"] = memory.free_bytes;
+  out["writing_bytes"] = memory.writing_bytes;
+  out["draining_bytes"] = memory.draining_bytes;
+  out["pinned_bytes"] = memory.pinned_bytes;
+  out["viewed_bytes"] = memory.viewed_bytes;
+  out["evictable_bytes"] = memory.evictable_bytes;
+  out["kept_bytes"] = memory.kept_bytes;
+  out["results_bytes"] = memory.results_bytes;
+  out["reclaiming_bytes"] = memory.reclaiming_bytes;
+  out["outside_bytes"] = memory.outside_bytes;
+  return out;
+}
+
 Json to_json(const DaemonInfo& daemon) {
   Json out;
   out["version"] = daemon.version;
@@ -232,6 +247,7 @@ Json to_json(const DaemonInfo& daemon) {
   out["arrays"] = daemon.arrays;
   out["sessions"] = daemon.sessions;
   out["result_sets"] = daemon.result_sets;
+  out["memory"] = to_json(daemon.memory);
   return out;
 }
 

@@ -176,6 +176,7 @@ std::string array_page(const ArrayDetails& details, SystemTime now, Style style)
 }
 
 std::string daemon_page(const DaemonInfo& daemon, SystemTime now, Style style) {
+  const DaemonMemory& memory = daemon.memory;
   return properties_text({{"version", daemon.version},
                           {"instance", daemon.instance},
                           {"socket", daemon.socket},
@@ -185,9 +186,16 @@ std::string daemon_page(const DaemonInfo& daemon, SystemTime now, Style style) {
                           {"protection", std::string(name_of(daemon.protection))},
                           {"capacity", format_size(daemon.capacity_bytes)},
                           {"used", share_text(daemon.used_bytes, daemon.capacity_bytes)},
-                          {"pinned", format_size(daemon.pinned_bytes)},
-                          {"evictable", format_size(daemon.evictable_bytes)},
-                          {"viewed", format_size(daemon.viewed_bytes)},
+                          {"free", format_size(memory.free_bytes)},
+                          {"pinned", format_size(memory.pinned_bytes)},
+                          {"evictable", format_size(memory.evictable_bytes)},
+                          {"viewed", format_size(memory.viewed_bytes)},
+                          {"kept", format_size(memory.kept_bytes)},
+                          {"being written", format_size(memory.writing_bytes)},
+                          {"draining", format_size(memory.draining_bytes)},
+                          {"in results", format_size(memory.results_bytes)},
+                          {"given back", format_size(memory.reclaiming_bytes)},
+                          {"held outside", format_size(memory.outside_bytes)},
                           {"arrays", std::to_string(daemon.arrays)},
                           {"sessions", std::to_string(daemon.sessions)},
                           {"result sets", std::to_string(daemon.result_sets)}},

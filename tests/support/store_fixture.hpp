@@ -130,10 +130,9 @@ class StoreTest : public ShmTest {
 
   // What the daemon does in the background: gives the memory of gone arrays back.
   void reclaim() {
-    for (auto& segment : store_->take_garbage()) {
-      const std::uint64_t size_bytes = segment.size_bytes;
-      env_.remove(std::move(segment));
-      store_->reclaimed(size_bytes);
+    for (Garbage& garbage : store_->take_garbage()) {
+      EXPECT_TRUE(env_.try_remove(garbage.segment)) << "nobody else has it";
+      store_->reclaimed(garbage.size_bytes);
     }
   }
 

@@ -6,7 +6,9 @@
 #include <chrono>
 #include <csignal>
 #include <fcntl.h>
+#include <functional>
 #include <future>
+#include <memory>
 #include <string>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -14,6 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <utility>
+#include <vector>
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
@@ -194,6 +197,52 @@ TEST_F(ShmEnvTest, WhatCannotGrowIsAsLongAsBefore) {
   });
   if (!said) GTEST_SKIP() << "no file system of its own for this user";
   EXPECT_EQ(*said, "out_of_memory, 3 MiB, free as before true, then grown");
+}
+
+// ---- Giving back what others may have ----
+
+TEST_F(ShmEnvTest, WhatNobodyElseHasIsFreeAtOnce) {
+  auto segment = create(3 * kPageBytes);
+  EXPECT_TRUE(env_.try_remove(segment));
+  EXPECT_FALSE(segment.lease);
+  EXPECT_THAT(names_of(instance_), testing::IsEmpty());
+}
+
+TEST_F(ShmEnvTest, WhatSomebodyHasKeepsItsNameAndOneDescriptorUntilTheyLetItGo) {
+  const auto way_to_have_it = [&](Segment& segment) -> std::vector<std::function<void()>> {
+    const auto keep_fd = [](int fd) {
+      auto kept = std::make_shared<UniqueFd>(fd);
+      return [kept] { kept->reset(); };
+    };
+    auto mapping =
+        std::make_shared<Mapping>(*Mapping::map(segment.reader.get(), segment.size_bytes, Access::read_only));
+    return {
+        keep_fd(::open(shm_path(segment.name).c_str(), O_RDONLY | O_CLOEXEC)),
+        keep_fd(::fcntl(segment.reader.get(), F_DUPFD_CLOEXEC, 0)),  // as a reader gets it
+        keep_fd(::fcntl(segment.writer.get(), F_DUPFD_CLOEXEC, 0)),  // as a writer gets it
+        [mapping] { *mapping = Mapping(); },
+    };
+  };
+  auto segment = create(3 * kPageBytes);
+  for (const auto& let_go : way_to_have_it(segment)) {
+    EXPECT_FALSE(env_.try_remove(segment));
+    EXPECT_TRUE(segment.lease);
+    EXPECT_EQ(names_of(instance_).size(), 1U);
+    let_go();
+  }
+  EXPECT_TRUE(env_.try_remove(segment));
+  EXPECT_THAT(names_of(instance_), testing::IsEmpty());
+}
+
+TEST_F(ShmEnvTest, AMappingOfASetsSegmentCountsThoughTheSetHasNoLease) {
+  auto segment = create(3 * kPageBytes);
+  segment.lease.reset();
+  env_.unlink(segment);
+  auto mapped = Mapping::map(segment.reader.get(), segment.size_bytes, Access::read_only);
+  ASSERT_THAT(mapped, Succeeds());
+  EXPECT_FALSE(env_.try_remove(segment));
+  *mapped = Mapping();
+  EXPECT_TRUE(env_.try_remove(segment));
 }
 
 // ---- When something runs out ----

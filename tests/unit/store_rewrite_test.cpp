@@ -38,10 +38,9 @@ class StoreRewrite : public StoreTest {
   [[nodiscard]] std::uint64_t used_pages() const { return store_->memory_use().used_bytes / kPageBytes; }
   // Gives back what is garbage, as the pool does.
   void reclaim() {
-    for (Segment& segment : store_->take_garbage()) {
-      const std::uint64_t size_bytes = segment.size_bytes;
-      env_.remove(std::move(segment));
-      store_->reclaimed(size_bytes);
+    for (Garbage& garbage : store_->take_garbage()) {
+      EXPECT_TRUE(env_.try_remove(garbage.segment)) << "nobody else has it";
+      store_->reclaimed(garbage.size_bytes);
     }
   }
 };
@@ -143,7 +142,7 @@ TEST_F(StoreRewrite, GarbageHasNoName) {
   EXPECT_FALSE(store_->end_rewrite(id, std::move(copy)));
   ASSERT_THAT(evict(kAlice, {"x"}), Succeeds());
   release(kAlice, id);
-  for (const Segment& garbage : store_->take_garbage()) EXPECT_EQ(garbage.name, "");
+  for (const Garbage& garbage : store_->take_garbage()) EXPECT_EQ(garbage.segment.name, "");
 }
 
 // Where a descriptor of it is kept: the kept ones are told later than its file.

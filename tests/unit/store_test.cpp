@@ -1,6 +1,9 @@
 #include "daemon/store.hpp"
 
 #include <chrono>
+#include <fcntl.h>
+#include <numeric>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -421,7 +424,59 @@ TEST_F(StoreTest, OutOfMemorySaysWhereTheMemoryIs) {
   EXPECT_THAT(refused.error().message,
               AllOf(HasSubstr("needs 240 KiB"), HasSubstr("capacity of 400 KiB"),
                     HasSubstr("160 KiB is free"), HasSubstr("40 KiB evictable"), HasSubstr("80 KiB pinned"),
-                    HasSubstr("120 KiB in use"), HasSubstr("held by process 12: 120 KiB")));
+                    HasSubstr("120 KiB viewed"), HasSubstr("held by process 12: 120 KiB")));
+}
+
+// The sizes that the sentence tells, in KiB: what is needed, the capacity, and its parts.
+std::vector<std::uint64_t> sizes_in(const std::string& text) {
+  std::vector<std::uint64_t> sizes;
+  const std::regex size("([0-9]+) (B|KiB)[^:]");
+  const std::string told = text.substr(0, text.find(" (held by"));
+  for (std::sregex_iterator at(told.begin(), told.end(), size), end; at != end; ++at)
+    sizes.push_back(std::stoull((*at)[1]));
+  return sizes;
+}
+
+TEST_F(StoreTest, WhatOutOfMemorySaysAddsUpToTheCapacity) {
+  put(kAlice, "evictable", {.pages = 10, .evictable = true});
+  put(kAlice, "kept", {.pages = 11});
+  put(kAlice, "pinned", {.pages = 12});
+  ASSERT_THAT(pin(kAlice, {"pinned"}), Succeeds());
+  put(kAlice, "viewed", {.pages = 13});
+  attach(kAlice2, "viewed");
+  put(kAlice, "drained", {.pages = 14});
+  attach(kAlice2, "drained");
+  ASSERT_THAT(evict(kAlice, {"drained"}), Succeeds());
+  write(kAlice, "written", {.pages = 15});
+  put(kAlice, "garbage", {.pages = 16});
+  ASSERT_THAT(evict(kAlice, {"garbage"}), Succeeds());
+  ASSERT_THAT(store_->charge_segment(kAliceUid, 2 * kPageBytes), Succeeds());
+  const auto refused = try_reserve(kAlice, "new", {.pages = 60});
+  ASSERT_THAT(refused, FailsWith(Errc::out_of_memory));
+  const auto sizes = sizes_in(refused.error().message);
+  ASSERT_GT(sizes.size(), 2U) << refused.error().message;
+  EXPECT_EQ(std::accumulate(sizes.begin() + 2, sizes.end(), std::uint64_t{0}), sizes[1])
+      << refused.error().message;
+  EXPECT_THAT(refused.error().message,
+              AllOf(HasSubstr("44 KiB kept"), HasSubstr("60 KiB being written"), HasSubstr("56 KiB draining"),
+                    HasSubstr("8 KiB in result sets"), HasSubstr("64 KiB being given back")));
+  reclaim();
+}
+
+TEST_F(StoreTest, TheAdviceFitsWhatTakesTheRoom) {
+  const auto advice = [&](std::uint64_t pages) {
+    const auto refused = try_reserve(kAlice, "new", {.pages = pages});
+    const std::string message = refused ? "" : refused.error().message;
+    return message.substr(std::min(message.size(), message.find("; ", message.find(';') + 1) + 2));
+  };
+  EXPECT_EQ(advice(kCapacityPages + 1), "start the daemon with a larger --capacity");
+  put(kAlice, "kept", {.pages = 90});
+  EXPECT_EQ(advice(kCapacityPages + 1), "start the daemon with a larger --capacity") << "whatever is evicted";
+  EXPECT_EQ(advice(20),
+            "evict arrays that are kept, or put them as evictable; or start the daemon with a larger "
+            "--capacity");
+  ASSERT_THAT(pin(kAlice, {"kept"}), Succeeds());
+  EXPECT_EQ(advice(20), "unpin arrays; or start the daemon with a larger --capacity");
 }
 
 TEST_F(StoreTest, OutOfMemoryNamesTheThreeLargestHolders) {
@@ -476,6 +531,27 @@ TEST_F(StoreWithQuota, EveryWayOutGivesTheQuotaBack) {
   reclaim();
   EXPECT_EQ(used_pages(), 0U);
   put(kAlice, "last", all);
+}
+
+TEST_F(StoreWithQuota, WhatOutsidersKeepTakesRoomAndIsTheirOwnersUntilTheyGo) {
+  const ArrayId id = put(kAlice, "x", {.pages = 20});
+  UniqueFd outsider(::open(shm_path(record(id).segment.name).c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_THAT(evict(kAlice, {"x"}), Succeeds());
+  auto garbage = store_->take_garbage();
+  ASSERT_EQ(garbage.size(), 1U);
+  EXPECT_FALSE(env_.try_remove(garbage[0].segment));
+  EXPECT_TRUE(store_->expects_room()) << "whoever has it may be just dying";
+  store_->begin_outside(garbage[0]);
+  EXPECT_FALSE(store_->expects_room());
+  EXPECT_EQ(store_->memory_use().states.outside_bytes, 20 * kPageBytes);
+  EXPECT_EQ(used_pages(), 20U);
+  EXPECT_THAT(try_reserve(kAlice, "y"), FailsWith(Errc::quota_exceeded));
+  outsider.reset();
+  EXPECT_TRUE(env_.try_remove(garbage[0].segment));
+  store_->end_outside(garbage[0]);
+  EXPECT_EQ(used_pages(), 0U);
+  EXPECT_FALSE(has_name(id));
+  write(kAlice, "y", {.pages = 20});
 }
 
 TEST_F(StoreWithQuota, ADrainingVersionIsChargedUntilItsLastViewGoes) {

@@ -51,7 +51,8 @@ struct PlainStore {
   std::uint64_t last_id = 0;
   std::map<ArrayId, PlainArray> arrays{};
   std::map<ArrayId, std::uint64_t> orphans{};
-  std::uint64_t reclaiming_pages = 0;  // the orphans' too
+  std::uint64_t reclaiming_pages = 0;  // the orphans' too, and what outsiders keep
+  std::uint64_t outside_pages = 0;     // of them
 
   [[nodiscard]] ArrayId current(const std::string& name) const {
     for (const auto& [id, array] : arrays) {
@@ -102,8 +103,9 @@ struct PlainStore {
     if (!wish.replace && (current(wish.name) != 0 || is_written(wish.name))) return Errc::already_exists;
     const auto is_evictable = [](const PlainArray& array) { return array.is_evictable(); };
     const std::uint64_t evictable = pages_of(is_evictable);
-    if (held_pages() - evictable + wish.pages > capacity_pages) return Errc::out_of_memory;
-    while (held_pages() + wish.pages > capacity_pages) drain(oldest(is_evictable));
+    const std::uint64_t taken_pages = outside_pages + wish.pages;
+    if (held_pages() - evictable + taken_pages > capacity_pages) return Errc::out_of_memory;
+    while (held_pages() + taken_pages > capacity_pages) drain(oldest(is_evictable));
     if (held_pages() + reclaiming_pages + wish.pages > capacity_pages) return Errc::out_of_memory;
     std::uint64_t version = 0;
     for (const auto& [id, array] : arrays)
@@ -335,8 +337,23 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
     open(session);
   }
 
+  // Some of what is garbage has somebody who keeps it.
+  void keep_outside() {
+    for (Garbage& garbage : store_->take_garbage()) {
+      store_->begin_outside(garbage);
+      model_.outside_pages += garbage.size_bytes / kPageBytes;
+      outside_.push_back(std::move(garbage));
+    }
+  }
+
   void give_memory_back() {
     reclaim();
+    for (Garbage& garbage : outside_) {
+      EXPECT_TRUE(env_.try_remove(garbage.segment));
+      store_->end_outside(garbage);
+    }
+    outside_.clear();
+    model_.outside_pages = 0;
     model_.reclaiming_pages = 0;
     for (const auto& [id, pages] : model_.orphans) model_.reclaiming_pages += pages;
   }
@@ -365,6 +382,8 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
       pin_one();
     else if (what < 94)
       end_session();
+    else if (what < 96)
+      keep_outside();
     else
       give_memory_back();
   }
@@ -387,12 +406,36 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
     const MemoryUse use = store_->memory_use();
     ASSERT_EQ(use.used_bytes / kPageBytes, model_.held_pages() + model_.reclaiming_pages);
     ASSERT_LE(use.used_bytes, use.capacity_bytes);
-    ASSERT_EQ(store_->reclaiming_bytes() / kPageBytes, model_.reclaiming_pages);
+    ASSERT_EQ(store_->reclaiming_bytes() / kPageBytes, model_.reclaiming_pages - model_.outside_pages);
     ASSERT_EQ(use.pinned_bytes / kPageBytes, model_.pages_of([](const auto& array) { return array.pinned; }));
     ASSERT_EQ(use.evictable_bytes / kPageBytes,
               model_.pages_of([](const auto& array) { return array.is_evictable(); }));
     ASSERT_EQ(use.viewed_bytes / kPageBytes,
               model_.pages_of([](const auto& array) { return !array.views.empty(); }));
+    check_states(use);
+  }
+
+  // Every byte is in one state, and the states add up to the capacity.
+  void check_states(const MemoryUse& use) const {
+    const MemoryStates& states = use.states;
+    ASSERT_EQ(states.used_bytes(), use.used_bytes);
+    ASSERT_EQ(states.used_bytes() + states.free_bytes, use.capacity_bytes);
+    const auto expect = [&](std::uint64_t bytes, const auto& wanted) {
+      ASSERT_EQ(bytes / kPageBytes, model_.pages_of(wanted));
+    };
+    const auto is_served = [](const PlainArray& array) { return array.state == State::sealed; };
+    expect(states.writing_bytes, [](const PlainArray& array) { return array.is_unsealed(); });
+    expect(states.draining_bytes, [](const PlainArray& array) { return array.state == State::draining; });
+    expect(states.pinned_bytes, [&](const PlainArray& array) { return is_served(array) && array.pinned; });
+    expect(states.viewed_bytes, [&](const PlainArray& array) {
+      return is_served(array) && !array.pinned && !array.views.empty();
+    });
+    expect(states.evictable_bytes, [](const PlainArray& array) { return array.is_evictable(); });
+    expect(states.kept_bytes, [&](const PlainArray& array) {
+      return is_served(array) && !array.pinned && array.views.empty() && !array.evictable;
+    });
+    ASSERT_EQ(states.reclaiming_bytes / kPageBytes, model_.reclaiming_pages - model_.outside_pages);
+    ASSERT_EQ(states.outside_bytes / kPageBytes, model_.outside_pages);
   }
 
   // Everybody goes: what is pinned or sealed stays, and nothing else.
@@ -412,6 +455,7 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
   std::mt19937 random_{GetParam()};
   SessionId last_session_ = 100;
   std::vector<SessionId> sessions_ = std::vector<SessionId>(4);
+  std::vector<Garbage> outside_;
   std::map<ArrayId, std::pair<std::uint64_t, std::string>> making_;  // size and header of what is being made
 };
 

@@ -111,6 +111,20 @@ struct ArrayDetails {
   std::vector<ClientInfo> holders{};  // sessions with a view
 };
 
+// Where the daemon's capacity is: each byte is in one state, the first that fits.
+struct DaemonMemory {
+  std::uint64_t free_bytes = 0;
+  std::uint64_t writing_bytes = 0;     // being written, or waiting for its writer
+  std::uint64_t draining_bytes = 0;    // evicted or replaced, and kept for its views
+  std::uint64_t pinned_bytes = 0;      // viewed or not
+  std::uint64_t viewed_bytes = 0;      // served, and somebody views it
+  std::uint64_t evictable_bytes = 0;   // goes when room is needed
+  std::uint64_t kept_bytes = 0;        // nobody views it, and it stays until somebody evicts it
+  std::uint64_t results_bytes = 0;     // slots and values of result sets
+  std::uint64_t reclaiming_bytes = 0;  // being given back
+  std::uint64_t outside_bytes = 0;     // gone, but processes have it mapped or open without a view
+};
+
 struct DaemonInfo {
   std::string version;
   std::string instance;
@@ -120,18 +134,20 @@ struct DaemonInfo {
   SystemTime started;
   Protection protection{};
   std::uint64_t capacity_bytes = 0;
-  std::uint64_t used_bytes = 0;  // of the capacity; the next three are parts of it
+  std::uint64_t used_bytes = 0;  // of the capacity; the next three are parts of it, and may overlap
   std::uint64_t pinned_bytes = 0;
   std::uint64_t evictable_bytes = 0;  // could be evicted now
   std::uint64_t viewed_bytes = 0;     // someone holds a view
   std::uint32_t arrays = 0;
   std::uint32_t sessions = 0;
   std::uint32_t result_sets = 0;
+  DaemonMemory memory{};  // the same told in parts that add up; of an older daemon only some are known
 };
 
 struct EvictReport {
   std::vector<std::string> names;  // evicted
-  std::uint64_t freed_bytes = 0;   // freed at once; the rest drains
+  std::uint64_t freed_bytes =
+      0;  // freed at once; the rest drains, or others than the library's users hold it
 };
 
 }  // namespace cowmgr
