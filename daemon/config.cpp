@@ -74,7 +74,8 @@ void add_options(CLI::App& app, Config& config, std::string& protection, unsigne
       ->transform(instance_text())
       ->capture_default_str();
   app.add_option("--capacity", config.capacity_bytes,
-                 "Memory for all arrays together, as 4GiB; 0: the default [80 % of /dev/shm]")
+                 "Memory for all arrays together, as 4GiB; 0: the default [80 % of /dev/shm, or of what the "
+                 "process's control groups may use]")
       ->envname("COWMGR_CAPACITY")
       ->transform(size_text());
   app.add_option("--log-level", config.log_level, "What is logged to standard error")
@@ -104,6 +105,7 @@ void add_options(CLI::App& app, Config& config, std::string& protection, unsigne
       "--fd-store", config.fd_store,
       "Under systemd: have it keep a descriptor of each array, so that a restart does not lose even those "
       "whose files somebody removed; the unit needs FileDescriptorStoreMax=");
+  app.add_option("--cgroup-root", config.cgroup_root)->group("");  // for tests
   app.add_option("--parent-fd", config.parent_fd)
       ->group("");  // for whoever starts a daemon of its own: it ends with its parent
 }

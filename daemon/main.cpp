@@ -1,5 +1,6 @@
 // cowmgr: the daemon.
 
+#include <algorithm>
 #include <csignal>
 #include <filesystem>
 #include <sys/stat.h>
@@ -26,7 +27,7 @@
 namespace cowmgr {
 namespace {
 
-constexpr double kDefaultShare = 0.8;  // of what /dev/shm can hold: the rest of the system uses it too
+constexpr double kDefaultShare = 0.8;  // of what there is: others use it too
 
 void set_up_log(const Config& config) {
   auto logger = spdlog::stderr_color_mt("cowmgr");
@@ -109,6 +110,24 @@ Result<void> take_over(const ShmEnv& env, Core& core) {
   return {};
 }
 
+// Decides on the capacity where none was asked for, and tells of one that there is no memory for.
+Result<void> settle_capacity(Config& config, const ShmEnv& env, const MemoryGroups& groups) {
+  const std::uint64_t total_bytes = env.space().total_bytes;
+  const auto lowest = groups.lowest_limit();
+  if (config.capacity_bytes == 0)
+    config.capacity_bytes = static_cast<std::uint64_t>(
+        static_cast<double>(std::min(total_bytes, lowest.limit_bytes)) * kDefaultShare);
+  if (config.capacity_bytes == 0)
+    return fail(Errc::os_failure, "how much /dev/shm can hold cannot be found out; say it with --capacity");
+  if (total_bytes > 0 && config.capacity_bytes > total_bytes)
+    spdlog::warn("the capacity of {} is more than /dev/shm can hold ({})", format_size(config.capacity_bytes),
+                 format_size(total_bytes));
+  if (config.capacity_bytes > lowest.limit_bytes)
+    spdlog::warn("the capacity of {} is more than the control group {} may use ({})",
+                 format_size(config.capacity_bytes), lowest.group, format_size(lowest.limit_bytes));
+  return {};
+}
+
 Result<void> serve_until_stopped(Config& config) {
   auto instance_lock = InstanceLock::acquire(config.instance);
   if (!instance_lock) {
@@ -120,7 +139,8 @@ Result<void> serve_until_stopped(Config& config) {
   if (!socket_lock) {
     return cannot_lock(socket_lock.error(), fmt::format("socket {}", config.socket), "--socket");
   }
-  const ShmEnv env(config.instance, lease_signal());
+  const MemoryGroups groups(config.cgroup_root);
+  const ShmEnv env(config.instance, lease_signal(), groups);
   if (!env.has_leases()) {
     if (config.needs_verified)
       return fail(Errc::unsupported,
@@ -129,16 +149,7 @@ Result<void> serve_until_stopped(Config& config) {
         "the kernel gives no leases here: that sealed arrays are immutable is not proven (protection: "
         "advisory)");
   }
-  const std::uint64_t total_bytes = env.space().total_bytes;
-  if (config.capacity_bytes == 0) {
-    config.capacity_bytes = static_cast<std::uint64_t>(static_cast<double>(total_bytes) * kDefaultShare);
-  }
-  if (config.capacity_bytes == 0)
-    return fail(Errc::os_failure, "how much /dev/shm can hold cannot be found out; say it with --capacity");
-  if (total_bytes > 0 && config.capacity_bytes > total_bytes) {
-    spdlog::warn("the capacity of {} is more than /dev/shm can hold ({})", format_size(config.capacity_bytes),
-                 format_size(total_bytes));
-  }
+  if (auto ok = settle_capacity(config, env, groups); !ok) return ok;
   auto listener = take_socket(config);
   if (!listener) return error_of(std::move(listener));
   // One thread uses the sockets; the pool's threads only post what they have done.

@@ -215,8 +215,11 @@ std::uint64_t random_id() noexcept {
   return id >> (64 - kIdBits);
 }
 
-ShmEnv::ShmEnv(std::string instance, int lease_signal)
-    : instance_(std::move(instance)), lease_signal_(lease_signal), has_leases_(probe_leases()) {}
+ShmEnv::ShmEnv(std::string instance, int lease_signal, MemoryGroups groups)
+    : instance_(std::move(instance)),
+      lease_signal_(lease_signal),
+      groups_(std::move(groups)),
+      has_leases_(probe_leases()) {}
 
 bool ShmEnv::probe_leases() const {
   // Named as a segment that nobody can foresee: it goes with the leftovers if the daemon is killed here.
@@ -376,7 +379,9 @@ Result<Segment> ShmEnv::create(std::uint64_t id, std::uint64_t size_bytes, std::
 
 Result<void> ShmEnv::grow(const Segment& segment, std::uint64_t new_size_bytes) const {
   COWMGR_ASSERT(new_size_bytes > segment.size_bytes);
-  auto grown = allocate(segment, segment.size_bytes, new_size_bytes - segment.size_bytes);
+  const std::uint64_t more_bytes = new_size_bytes - segment.size_bytes;
+  if (auto ok = GroupBudget(groups_, more_bytes).take(more_bytes); !ok) return ok;
+  auto grown = allocate(segment, segment.size_bytes, more_bytes);
   if (!grown) ::ftruncate(segment.writer.get(), static_cast<off_t>(segment.size_bytes));
   return grown;
 }
@@ -391,9 +396,11 @@ Result<void> ShmEnv::back(const Segment& segment, const std::atomic<bool>& stop)
     auto mapped = Mapping::map(segment.writer.get(), segment.size_bytes, Access::read_only);
     if (mapped) window = *std::move(mapped);
   }
+  GroupBudget budget(groups_, segment.size_bytes);
   for (std::uint64_t step = 0; step < segment.size_bytes; step += kBackingStepBytes) {
     if (stop) return fail(Errc::disconnected, "the peer went away while its memory was being reserved");
     const std::uint64_t step_end = std::min(step + kBackingStepBytes, segment.size_bytes);
+    if (auto ok = budget.take(step_end - step); !ok) return ok;
     const std::uint64_t huge_step_end = std::min(step_end, huge_end);
     std::uint64_t backed = step;
     if (window.data() != nullptr && back_huge(segment, window.data(), step, huge_step_end))

@@ -18,6 +18,7 @@
 #include <sys/types.h>
 #include <vector>
 
+#include "daemon/cgroup.hpp"
 #include "daemon/descriptors.hpp"
 #include "proto/errors.hpp"
 #include "proto/segment.hpp"
@@ -58,8 +59,9 @@ struct SegmentUsage {
 class ShmEnv {
  public:
   // `lease_signal` is delivered to this process when a lease is broken; it must be blocked in every thread
-  // and be read with a signalfd, which tells the lease's descriptor (ssi_fd).
-  ShmEnv(std::string instance, int lease_signal);
+  // and be read with a signalfd, which tells the lease's descriptor (ssi_fd). Memory is backed as long as
+  // `groups` have room for it.
+  ShmEnv(std::string instance, int lease_signal, MemoryGroups groups = MemoryGroups());
 
   [[nodiscard]] const std::string& instance() const noexcept { return instance_; }
 
@@ -202,6 +204,7 @@ class ShmEnv {
 
   std::string instance_;
   int lease_signal_;
+  MemoryGroups groups_;
   bool has_leases_;
   mutable std::atomic<bool> has_told_{false};  // that there are no huge pages: once is enough
 };

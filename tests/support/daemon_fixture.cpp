@@ -38,6 +38,10 @@ pid_t spawn_daemon(const std::vector<std::string>& arguments, const std::string&
     words.insert(words.begin(), {"/bin/sh", "-c", script});
   }
   words.insert(words.end(), arguments.begin(), arguments.end());
+  if (!launch.group.empty()) {
+    const std::string script = "echo $$ > \"$0\"/cgroup.procs && exec \"$@\"";
+    words.insert(words.begin(), {"/bin/sh", "-c", script, launch.group});
+  }
   std::vector<char*> argv;
   for (auto& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);

@@ -89,6 +89,7 @@ struct Launch {
   std::vector<std::string> environment{};  // "NAME=value", beside that of the test
   int log = -1;                            // its standard error; -1: that of the test; kClosed: none
   bool may_refuse = false;                 // to start: Daemon::serves() tells. Default: the test fails
+  std::string group{};                     // directory of the control group that it enters first
   ServiceManager* manager = nullptr;       // hands it what it has stored; null: one of its own, for the start
 };
 
