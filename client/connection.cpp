@@ -351,8 +351,8 @@ Result<std::unique_ptr<Channel>> Connection::open_channel(std::uint64_t session,
   if (!socket) return error_of(std::move(socket));
   auto channel = std::make_unique<Channel>(*std::move(socket), epoch);
   const Opening opening(opening_, channel.get());
-  channel->finish(
-      wire::CreateHelloDirect(channel->builder(), kProtocolVersion, command_.c_str(), session, resumes));
+  channel->finish(wire::CreateHelloDirect(channel->builder(), kProtocolVersion, command_.c_str(), session,
+                                          resumes, kLayoutVersion));
   const auto reply = channel->exchange();
   if (!reply) return error_of(reply);
   if (const auto* failure = (*reply)->body_as_Failure()) return tl::unexpected(error_of_failure(*failure));

@@ -22,9 +22,10 @@ namespace cowmgr::detail {
 [[nodiscard]] std::vector<std::string> strings_of(
     const flatbuffers::Vector<Offset<flatbuffers::String>>* texts);
 
-// The data of a mapped segment.
-[[nodiscard]] inline std::span<std::byte> data_of(const Mapping& mapping, std::uint64_t data_bytes) noexcept {
-  return {mapping.data() + kDataOffset, data_bytes};
+// The data of a mapped segment: that of an array, or of the array that a dense set becomes.
+template <class Info>
+[[nodiscard]] std::span<std::byte> data_of(const Mapping& mapping, const Info& info) noexcept {
+  return {mapping.data() + info.data_offset, info.data_bytes};
 }
 
 // Refuses to work on what the parent of this forked process holds.
@@ -46,7 +47,7 @@ class ArrayImpl {
   [[nodiscard]] View view() const noexcept { return view_; }
   // Another mapping of the same array takes the place of this one's.
   void use(std::shared_ptr<Mapping> mapping) noexcept { mapping_ = std::move(mapping); }
-  [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(*mapping_, info_.data_bytes); }
+  [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(*mapping_, info_); }
 
   // Views of the versions with these ids.
   [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(
@@ -77,7 +78,7 @@ class WriterImpl {
   ~WriterImpl();
 
   [[nodiscard]] const ArrayInfo& info() const noexcept { return info_; }
-  [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(mapping_, info_.data_bytes); }
+  [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(mapping_, info_); }
   [[nodiscard]] Result<std::unique_ptr<ArrayImpl>> seal();
 
  private:

@@ -11,13 +11,14 @@ SystemTime time_of(std::int64_t microseconds) {
 
 // dtype, shape and order, which come from the other side and are checked like all that does.
 Result<ArraySpec> spec_of(const flatbuffers::String* dtype_text,
-                          const flatbuffers::Vector<std::uint64_t>* dims, Order order, std::uint64_t bytes) {
+                          const flatbuffers::Vector<std::uint64_t>* dims, Order order, std::uint64_t bytes,
+                          std::uint64_t data_offset) {
   auto dtype = Dtype::parse(view_of(dtype_text));
   if (!dtype) return error_of(std::move(dtype));
   ArraySpec spec{*std::move(dtype), dims == nullptr ? Shape{} : Shape(dims->begin(), dims->end()), order};
   const auto expected = data_bytes(spec);
   if (!expected) return error_of(expected);
-  if (*expected != bytes)
+  if (*expected != bytes || (data_offset != kDataOffset && data_offset != kMaxDataOffset))
     return fail(Errc::protocol_error, "the daemon's description of an array contradicts itself");
   return spec;
 }
@@ -25,8 +26,11 @@ Result<ArraySpec> spec_of(const flatbuffers::String* dtype_text,
 }  // namespace
 
 Result<ArrayInfo> info_of(const wire::ArrayInfo& table) {
-  auto spec = spec_of(table.dtype(), table.shape(), order_of(table.order()), table.data_bytes());
+  auto spec =
+      spec_of(table.dtype(), table.shape(), order_of(table.order()), table.data_bytes(), table.data_offset());
   if (!spec) return error_of(std::move(spec));
+  if (table.segment_bytes() != segment_bytes(table.data_bytes(), table.data_offset()))
+    return fail(Errc::protocol_error, "the daemon's description of a segment contradicts itself");
   return ArrayInfo{.id = table.id(),
                    .name = std::string(view_of(table.name())),
                    .version = table.version(),
@@ -46,11 +50,12 @@ Result<ArrayInfo> info_of(const wire::ArrayInfo& table) {
                    .sealed = time_of(table.sealed_us()),
                    .last_used = time_of(table.last_used_us()),
                    .writer_pid = table.writer_pid(),
-                   .checksum = table.checksum()};
+                   .checksum = table.checksum(),
+                   .data_offset = table.data_offset()};
 }
 
 Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
-  auto spec = spec_of(table.dtype(), table.shape(), Order::c, table.data_bytes());
+  auto spec = spec_of(table.dtype(), table.shape(), Order::c, table.data_bytes(), table.data_offset());
   if (!spec) return error_of(std::move(spec));
   ResultsInfo info{.id = table.id(),
                    .name = std::string(view_of(table.name())),
@@ -74,6 +79,7 @@ Result<ResultsInfo> info_of(const wire::ResultsInfo& table) {
   info.value_bytes = table.value_bytes();
   info.segment = view_of(table.segment());
   info.queue = view_of(table.queue());
+  info.data_offset = table.data_offset();
   if (table.holders() != nullptr) info.holders.assign(table.holders()->begin(), table.holders()->end());
   return info;
 }

@@ -284,13 +284,13 @@ const Dtype& SlotImpl::dtype() const noexcept {
 }
 
 std::span<std::byte> SlotImpl::bytes() const noexcept {
-  if (allocation_) return data_of(allocation_->mapping, allocation_->info.data_bytes);
+  if (allocation_) return data_of(allocation_->mapping, allocation_->info);
   if (!mapping_) return {};
   const auto& info = set_->info();
   const std::uint64_t rows_in_all = info.spec.shape.front();
   const std::uint64_t row_bytes = rows_in_all == 0 ? 0 : info.data_bytes / rows_in_all;
   const Rows mine = rows();
-  return data_of(*mapping_, info.data_bytes).subspan(mine.begin * row_bytes, mine.count() * row_bytes);
+  return data_of(*mapping_, info).subspan(mine.begin * row_bytes, mine.count() * row_bytes);
 }
 
 Result<void> SlotImpl::set_value(std::span<const std::byte> value) {

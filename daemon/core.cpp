@@ -406,8 +406,9 @@ asio::awaitable<void> Core::check_contents(std::vector<ArrayId> arrays) {
     auto segment = reader_of(record->segment);
     Result<std::uint64_t> found = 0;
     if (segment) {
-      auto work = [this, from = *std::move(segment), bytes = record->data_bytes] {
-        return env.checksum(from, bytes, stops_work_);
+      auto work = [this, from = *std::move(segment),
+                   data = DataRange{record->header.size(), record->data_bytes}] {
+        return env.checksum(from, data, stops_work_);
       };
       found = co_await offload(std::move(work));
     } else {

@@ -65,6 +65,10 @@ class Recoverer {
         ++recovery_.unsealed;
         store_.keep_unclaimed(found.id, std::move(found.segment), found.file);
         break;
+      case SegmentFile::Kind::newer:
+        ++recovery_.foreign;
+        spdlog::warn("{} is left alone: {}", found.segment.name, found.file.problem);
+        break;
       default:
         move_aside(found.id, found.segment.name, found.file.problem);
     }

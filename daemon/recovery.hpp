@@ -21,8 +21,9 @@ struct Recovery {
   std::size_t unsealed = 0;     // arrays that were being written, those of sets too
   std::size_t removed = 0;      // sets whose array is gone
   std::size_t quarantined = 0;  // damaged: see quarantine_name()
-  std::size_t foreign = 0;      // of other users, under the name of a segment; left where they are
-  std::size_t unlinked = 0;     // of the arrays: had no file, but a kept descriptor
+  std::size_t foreign =
+      0;  // of other users or newer daemons, under the name of a segment; left where they are
+  std::size_t unlinked = 0;  // of the arrays: had no file, but a kept descriptor
   // Sessions whose processes live and may come back for what they held. What processes held that are gone is
   // given back already.
   std::set<SessionId> awaited{};

@@ -195,9 +195,10 @@ Reply lease_reply(Call& call, const ResultSetRecord& set, std::span<const Result
   }
   if (!leases.empty() && !is_mapped && !set.terms.is_ragged)
     call.fds = {call.core.store.find(set.id)->segment.writer.get()};
-  return reply_of(wire::CreateLeasedDirect(call.builder, &slots, set.table.is_settled() || !set.is_open(),
-                                           set.terms.is_ragged ? 0 : segment_bytes(set.data_bytes),
-                                           refused.empty() ? nullptr : &refused));
+  return reply_of(
+      wire::CreateLeasedDirect(call.builder, &slots, set.table.is_settled() || !set.is_open(),
+                               set.terms.is_ragged ? 0 : segment_bytes(set.data_bytes, set.data_offset),
+                               refused.empty() ? nullptr : &refused));
 }
 
 std::uint64_t batch_of(std::uint32_t asked) {

@@ -154,6 +154,7 @@ const ResultSetRecord& ResultSets::add(const ResultRecord& record, SlotMemory me
     const ArrayRecord* output = store_.find(record.set);
     set.spec = output->spec;
     set.data_bytes = output->data_bytes;
+    set.data_offset = output->header.size();
   }
   return insert(std::move(set), std::move(memory));
 }
@@ -182,6 +183,7 @@ Result<void> ResultSets::adopt(const ResultRecord& record, const ArraySpec& spec
   if (!record.is_ragged) {
     set.spec = spec;
     set.data_bytes = data_bytes(spec).value_or(0);
+    set.data_offset = record.npy_header.size();
     const CreateRequest request{.name = record.name,
                                 .spec = spec,
                                 .replace = record.replace,

@@ -55,6 +55,7 @@ struct ResultSetRecord {
   ResultTerms terms;
   ArraySpec spec{Dtype::of<std::uint8_t>(), {0}};  // of a dense set
   std::uint64_t data_bytes = 0;                    // of a dense set
+  std::uint64_t data_offset = kDataOffset;         // of a dense set: in the segment of its array
   Ownership owner;
   SessionId session = 0;  // that made it; 0: it is gone, and the set is detached
   pid_t owner_pid = 0;

@@ -96,7 +96,9 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
   const bool is_own = is_session_id(hello->join()) && peer.pid > 0 && pid_of(hello->join()) == peer.pid;
   const SessionId id = is_own ? hello->join() : new_session_id(core, peer.pid);
   if (is_own && core.has_come_back(id)) spdlog::debug("process {} came back to its session", peer.pid);
-  return open_session(core, peer, view_of(hello->command()), std::move(pidfd), id);
+  auto session = open_session(core, peer, view_of(hello->command()), std::move(pidfd), id);
+  core.store.set_layout(id, hello->layout());
+  return session;
 }
 
 // What a reply could not bring does not count: the session may live on with other connections.

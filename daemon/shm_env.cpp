@@ -114,9 +114,9 @@ Result<std::span<std::byte>> read_at(int fd, std::string_view name, std::span<st
 // Whether the file holds exactly `wanted` at `offset`.
 Result<bool> holds_at(int fd, std::string_view name, std::span<const std::byte> wanted,
                       std::uint64_t offset) {
-  std::array<std::byte, kPageBytes> page{};
-  COWMGR_ASSERT(wanted.size() <= page.size());
-  const auto bytes = read_at(fd, name, std::span(page).first(wanted.size()), offset);
+  std::array<std::byte, kMaxDataOffset> pages{};
+  COWMGR_ASSERT(wanted.size() <= pages.size());
+  const auto bytes = read_at(fd, name, std::span(pages).first(wanted.size()), offset);
   if (!bytes) return error_of(bytes);
   return std::ranges::equal(*bytes, wanted);
 }
@@ -124,11 +124,11 @@ Result<bool> holds_at(int fd, std::string_view name, std::span<const std::byte> 
 // Gives `take` the data of a segment piece by piece, each with its offset in the file. Errors: disconnected
 // after `stop` is set, corrupted for a file that is shorter, and those of `take`.
 template <class Take>
-Result<void> for_each_piece(const Segment& segment, std::uint64_t data_bytes, const std::atomic<bool>& stop,
+Result<void> for_each_piece(const Segment& segment, const DataRange& data, const std::atomic<bool>& stop,
                             const Take& take) {
-  std::vector<std::byte> buffer(std::min<std::uint64_t>(kCopyBytes, data_bytes));
-  const std::uint64_t end = kDataOffset + data_bytes;
-  for (std::uint64_t offset = kDataOffset; offset < end;) {
+  std::vector<std::byte> buffer(std::min<std::uint64_t>(kCopyBytes, data.size_bytes));
+  const std::uint64_t end = data.offset + data.size_bytes;
+  for (std::uint64_t offset = data.offset; offset < end;) {
     if (stop) return fail(Errc::disconnected, "the daemon stops");
     const auto wanted = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), end - offset));
     const auto piece = read_at(segment.reader.get(), segment.name, wanted, offset);
@@ -479,8 +479,8 @@ Result<Segment> ShmEnv::rewrite(const Segment& segment, std::uint64_t id, std::s
   auto copy = create(id, segment.size_bytes, header, trailer, stop);
   if (!copy) return copy;
   const auto fill = [&]() -> Result<void> {
-    const std::uint64_t data_bytes = segment.size_bytes - kDataOffset - kTrailerBytes;  // up to a page
-    auto copied = for_each_piece(segment, data_bytes, stop, [&](auto piece, std::uint64_t offset) {
+    const DataRange data{header.size(), segment.size_bytes - header.size() - kTrailerBytes};  // up to a page
+    auto copied = for_each_piece(segment, data, stop, [&](auto piece, std::uint64_t offset) {
       return write_at(copy->writer.get(), copy->name, piece, offset);
     });
     if (!copied) return copied;
@@ -496,10 +496,10 @@ Result<Segment> ShmEnv::rewrite(const Segment& segment, std::uint64_t id, std::s
   return copy;
 }
 
-Result<std::uint64_t> ShmEnv::checksum(const Segment& segment, std::uint64_t data_bytes,
+Result<std::uint64_t> ShmEnv::checksum(const Segment& segment, const DataRange& data,
                                        const std::atomic<bool>& stop) const {
   Checksum checksum;
-  auto read = for_each_piece(segment, data_bytes, stop, [&](auto piece, std::uint64_t /*offset*/) {
+  auto read = for_each_piece(segment, data, stop, [&](auto piece, std::uint64_t /*offset*/) {
     checksum.add(piece);
     return Result<void>();
   });

@@ -47,6 +47,12 @@ struct Holder {
   std::string command;
 };
 
+// Where the data of a segment lies in its file.
+struct DataRange {
+  std::uint64_t offset = kDataOffset;
+  std::uint64_t size_bytes = 0;
+};
+
 struct SegmentUsage {
   std::uint64_t resident_bytes = 0;
   std::uint64_t huge_bytes = 0;
@@ -137,7 +143,7 @@ class ShmEnv {
 
   // The checksum of a sealed segment's data. Blocks. Errors: disconnected after `stop` is set; corrupted when
   // the file is shorter than that; os_failure.
-  [[nodiscard]] Result<std::uint64_t> checksum(const Segment& segment, std::uint64_t data_bytes,
+  [[nodiscard]] Result<std::uint64_t> checksum(const Segment& segment, const DataRange& data,
                                                const std::atomic<bool>& stop) const;
 
   // Notes that a segment is a result set's: nobody but the daemon ever writes to it. Errors: os_failure.

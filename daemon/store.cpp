@@ -26,6 +26,7 @@ TrailerInfo trailer_of(const ArrayRecord& record) {
           .id = record.id,
           .version = record.version,
           .data_bytes = record.data_bytes,
+          .data_offset = record.header.size(),
           .created_us = microseconds(record.created),
           .sealed_us = microseconds(record.seal_asked),
           .owner_uid = record.owner.uid,
@@ -47,6 +48,15 @@ tl::unexpected<Error> not_allowed(const ArrayRecord& record, std::string_view wh
                           printable(record.name), record.owner.uid, record.owner.mode, what));
 }
 
+// A client that knows layout 1 alone would take the second page of the header for data.
+tl::unexpected<Error> too_old_for(std::string_view what) {
+  return fail(
+      Errc::unsupported,
+      fmt::format("{} has a dtype whose header takes two pages (layout 2), which this client does not read; "
+                  "upgrade the client",
+                  what));
+}
+
 tl::unexpected<Error> pinned(const ArrayRecord& record) {
   return fail(Errc::pinned, fmt::format("array {} is pinned; unpin it first", printable(record.name)));
 }
@@ -65,7 +75,7 @@ Store::Store(const ShmEnv& env, const StoreOptions& options)
 // ---- Sessions ----
 
 void Store::open_session(SessionId session, Peer peer) {
-  const bool is_new = sessions_.try_emplace(session, Holdings{std::move(peer), {}, {}}).second;
+  const bool is_new = sessions_.try_emplace(session, Holdings{std::move(peer)}).second;
   COWMGR_ASSERT(is_new);
 }
 
@@ -89,12 +99,18 @@ Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, 
   if (auto ok = check_name(request.name); !ok) return error_of(std::move(ok));
   const auto bytes = data_bytes(request.spec);
   if (!bytes) return error_of(bytes);
-  auto header = make_npy_header(request.spec, kDataOffset);
+  auto header = header_for(session, request.spec);
   if (!header) return error_of(std::move(header));
   if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
-  if (auto ok = charge_array(owner_of(session, request).uid, segment_bytes(*bytes)); !ok)
+  if (auto ok = charge_array(owner_of(session, request).uid, segment_bytes(*bytes, header->size())); !ok)
     return error_of(std::move(ok));
   return add_record(session, next_id(), request, *std::move(header), now).id;
+}
+
+Result<std::string> Store::header_for(SessionId session, const ArraySpec& spec) const {
+  auto header = make_segment_header(spec);
+  if (header && header->size() > kDataOffset && holdings(session).layout < 2) return too_old_for("the array");
+  return header;
 }
 
 Ownership Store::owner_of(SessionId session, const CreateRequest& request) const {
@@ -332,6 +348,8 @@ const std::string* Store::first_missing(std::span<const std::string> names) cons
 
 Result<void> Store::check_attach(SessionId session, const ArrayRecord& record) const {
   if (!may(session, record, Right::read)) return not_allowed(record, "attach");
+  if (record.header.size() > kDataOffset && holdings(session).layout < 2)
+    return too_old_for("array " + printable(record.name));
   if (record.views >= kMaxViews)
     return fail(Errc::quota_exceeded, fmt::format("array {} has {} views, as many as one array may",
                                                   printable(record.name), record.views));

@@ -63,7 +63,7 @@ struct ArrayRecord {
   std::string name;
   std::uint64_t version = 0;
   ArraySpec spec;
-  std::string header;  // the .npy header page
+  std::string header;  // the .npy header, whole pages; the data follows
   std::uint64_t data_bytes = 0;
   Ownership owner;
   State state = State::reserved;
@@ -84,7 +84,9 @@ struct ArrayRecord {
   Segment segment{};
   std::vector<Segment> older{};  // without names, and still mapped by some of its views
 
-  [[nodiscard]] std::uint64_t segment_bytes() const noexcept { return cowmgr::segment_bytes(data_bytes); }
+  [[nodiscard]] std::uint64_t segment_bytes() const noexcept {
+    return cowmgr::segment_bytes(data_bytes, header.size());
+  }
   [[nodiscard]] bool is_reclaimable() const noexcept {
     return state == State::sealed && evictable && !pinned && views == 0;
   }
@@ -137,6 +139,8 @@ class Store {
   // ---- Sessions: all that a peer holds hangs on its session ----
 
   void open_session(SessionId session, Peer peer);
+  // The newest layout of segments that the peer reads; all, unless this says otherwise.
+  void set_layout(SessionId session, std::uint32_t layout) { holdings(session).layout = layout; }
   // Drops the session's views and the arrays that it was writing.
   void close_session(SessionId session);
   [[nodiscard]] Quota& quota() noexcept { return quota_; }
@@ -210,7 +214,8 @@ class Store {
 
   // ---- Using them ----
 
-  // One view for each name or id, or none at all. Errors: not_found, permission_denied, tampered.
+  // One view for each name or id, or none at all. Errors: not_found, permission_denied, tampered, unsupported
+  // for a layout that the session does not read.
   [[nodiscard]] Result<std::vector<const ArrayRecord*>> attach(SessionId session,
                                                                std::span<const std::string> names,
                                                                std::span<const ArrayId> ids, Time now);
@@ -299,8 +304,9 @@ class Store {
  private:
   struct Holdings {
     Peer peer;
-    Views views;
-    std::set<ArrayId> writing;
+    Views views{};
+    std::set<ArrayId> writing{};
+    std::uint32_t layout = kLayoutVersion;
   };
   struct Unclaimed {
     Segment segment;
@@ -328,6 +334,7 @@ class Store {
   [[nodiscard]] std::string advice(std::uint64_t size_bytes, const MemoryStates& states) const;
   [[nodiscard]] std::string largest_holders() const;
   [[nodiscard]] Result<void> check_attach(SessionId session, const ArrayRecord& record) const;
+  [[nodiscard]] Result<std::string> header_for(SessionId session, const ArraySpec& spec) const;
   [[nodiscard]] Result<std::vector<ArrayRecord*>> match_to_change(SessionId session,
                                                                   std::span<const std::string> patterns,
                                                                   bool may_be_gone = false);

@@ -81,10 +81,10 @@ Result<const ArrayRecord*> Store::claim(SessionId session, ArrayId id, const Cre
   const auto at = unclaimed_.find(id);
   const auto bytes = data_bytes(request.spec);
   const bool is_house = session == kHouse;
-  if (!may_claim(session, id) || !bytes || at->second.segment.size_bytes != segment_bytes(*bytes))
+  auto header = header_for(session, request.spec);
+  if (!may_claim(session, id) || !bytes || !header ||
+      at->second.segment.size_bytes != segment_bytes(*bytes, header->size()))
     return fail(Errc::not_found, "there is no such array that this session was writing");
-  auto header = make_npy_header(request.spec, kDataOffset);
-  if (!header) return error_of(std::move(header));
   // The house goes on with what was granted before, whoever took the name since: its seal will tell.
   auto is_free = is_house ? Result<void>() : check_name_is_free(session, request);
   if (!is_free) return error_of(std::move(is_free));

@@ -55,6 +55,7 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
   info.add_last_used_us(microseconds(record.last_used));
   info.add_writer_pid(record.writer_pid);
   info.add_checksum(record.checksum);
+  info.add_data_offset(record.header.size());
   return info.Finish();
 }
 
@@ -102,6 +103,7 @@ Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set) {
   info.add_value_bytes(set.table.value_bytes());
   info.add_segment(segment);
   info.add_queue(queue);
+  info.add_data_offset(set.data_offset);
   return info.Finish();
 }
 

@@ -1,6 +1,7 @@
 #include "proto/result_segment.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <string_view>
 #include <zlib.h>
@@ -13,7 +14,7 @@ namespace cowmgr {
 namespace {
 
 constexpr std::array<char, 8> kMagic = {'C', 'O', 'W', 'M', 'G', 'R', 'R', 'S'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;  // the newest
 
 constexpr std::uint32_t kFlagRagged = 1;
 constexpr std::uint32_t kFlagDetached = 2;
@@ -34,6 +35,15 @@ std::uint32_t crc_of(const std::byte* memory) noexcept {
   return static_cast<std::uint32_t>(::crc32_z(crc, bytes + kPageBytes, kPageBytes));
 }
 
+std::uint32_t crc_of_page(std::span<const std::byte> page) noexcept {
+  return static_cast<std::uint32_t>(
+      ::crc32_z(0, reinterpret_cast<const unsigned char*>(page.data()), page.size()));
+}
+
+bool has_more_npy(const ResultRecord& record) noexcept {
+  return record.npy_header.size() > kPageBytes;
+}
+
 std::uint32_t flags_of(const ResultRecord& record) noexcept {
   return (record.is_ragged ? kFlagRagged : 0) | (record.is_detached ? kFlagDetached : 0) |
          (record.replace ? kFlagReplace : 0) | (record.evictable ? kFlagEvictable : 0);
@@ -45,29 +55,35 @@ tl::unexpected<Error> damaged(std::string_view why) {
 
 }  // namespace
 
-ResultLayout result_layout(std::uint64_t slots, std::uint64_t value_bytes, std::uint64_t job_bytes) noexcept {
+ResultLayout result_layout(std::uint64_t slots, std::uint64_t value_bytes, std::uint64_t job_bytes,
+                           bool has_more_npy) noexcept {
   ResultLayout layout;
   layout.slots_offset = kSlotsOffset;
   layout.order_offset = layout.slots_offset + slots * sizeof(SlotEntry);
   layout.job_offset = layout.order_offset + slots * sizeof(std::uint32_t);
-  layout.values_offset = whole_pages(layout.job_offset + job_bytes);
+  layout.npy_offset = whole_pages(layout.job_offset + job_bytes);
+  layout.values_offset = layout.npy_offset + (has_more_npy ? kPageBytes : 0);
   layout.max_bytes = whole_pages(layout.values_offset + slots * value_bytes);
   return layout;
 }
 
 ResultLayout result_layout(const ResultRecord& record) noexcept {
-  return result_layout(record.slots, record.is_ragged ? kMaxValueBytes : kMaxReasonBytes, record.job_bytes);
+  return result_layout(record.slots, record.is_ragged ? kMaxValueBytes : kMaxReasonBytes, record.job_bytes,
+                       has_more_npy(record));
 }
 
 void write_result_header(std::byte* memory, const ResultRecord& record, const ResultLayout& layout,
                          std::span<const std::byte> job) noexcept {
   COWMGR_ASSERT(job.size() == record.job_bytes && record.name.size() <= kMaxNameBytes &&
-                record.queue.size() <= kMaxNameBytes && record.npy_header.size() <= kPageBytes);
+                record.queue.size() <= kMaxNameBytes && record.npy_header.size() <= 2 * kPageBytes);
   std::copy(job.begin(), job.end(), memory + layout.job_offset);
   const auto npy_header = std::as_bytes(std::span(record.npy_header));
-  std::copy(npy_header.begin(), npy_header.end(), memory + kPageBytes);
+  const auto first_npy = npy_header.first(std::min<std::size_t>(npy_header.size(), kPageBytes));
+  const auto more_npy = npy_header.subspan(first_npy.size());
+  std::copy(first_npy.begin(), first_npy.end(), memory + kPageBytes);
+  std::copy(more_npy.begin(), more_npy.end(), memory + layout.npy_offset);
   ::new (memory) ResultHeader{.magic = kMagic,
-                              .layout_version = kVersion,
+                              .layout_version = more_npy.empty() ? 1U : 2U,
                               .slot_bytes = sizeof(SlotEntry),
                               .set = record.set,
                               .slots = record.slots,
@@ -90,6 +106,7 @@ void write_result_header(std::byte* memory, const ResultRecord& record, const Re
                               .queue_bytes = static_cast<std::uint32_t>(record.queue.size()),
                               .name = {},
                               .queue = {},
+                              .npy_crc = more_npy.empty() ? 0 : crc_of_page(more_npy),
                               .zero = {},
                               .crc = 0};
   auto& header = *std::launder(reinterpret_cast<ResultHeader*>(memory));
@@ -135,17 +152,35 @@ Result<ResultRecord> read_result_header(std::span<const std::byte, kSlotsOffset>
                       .lease_ms = header.lease_ms};
   if (!check_name(record.name) || (!record.queue.empty() && !check_name(record.queue)))
     return damaged("its name is malformed");
+  if (!record.is_ragged) {
+    const auto page = pages.subspan(kPageBytes);
+    record.npy_header.assign(reinterpret_cast<const char*>(page.data()), page.size());
+  }
+  if (header.layout_version == 2) {
+    if (record.is_ragged) return damaged("a ragged set has no output array");
+    record.npy_header.resize(2 * kPageBytes);  // the rest is added by add_npy_header()
+  }
   const ResultLayout layout = result_layout(record);
   if (header.order_offset != layout.order_offset || header.job_offset != layout.job_offset ||
       header.values_offset != layout.values_offset || header.max_bytes != layout.max_bytes)
     return damaged("its offsets are not those of its slots");
   if (size_bytes < layout.values_offset || size_bytes > layout.max_bytes)
     return damaged("the segment has another size");
-  if (!record.is_ragged) {
-    const auto page = pages.subspan(kPageBytes);
-    record.npy_header.assign(reinterpret_cast<const char*>(page.data()), page.size());
-  }
   return record;
+}
+
+std::optional<std::uint64_t> more_npy_header(const ResultRecord& record) noexcept {
+  if (!has_more_npy(record)) return std::nullopt;
+  return result_layout(record).npy_offset;
+}
+
+Result<void> add_npy_header(ResultRecord& record, std::span<const std::byte, kSlotsOffset> pages,
+                            std::span<const std::byte, kPageBytes> more) {
+  std::uint32_t wanted = 0;
+  std::memcpy(&wanted, pages.data() + offsetof(ResultHeader, npy_crc), sizeof wanted);
+  if (wanted != crc_of_page(more)) return damaged("the crc of its output array's header does not match");
+  std::memcpy(record.npy_header.data() + kPageBytes, more.data(), more.size());
+  return {};
 }
 
 bool is_result_segment(std::span<const std::byte> first_page) noexcept {

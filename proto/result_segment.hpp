@@ -77,15 +77,17 @@ struct ResultHeader {
   std::uint32_t queue_bytes;
   std::array<char, 256> name;
   std::array<char, 256> queue;
-  std::array<char, 3444> zero;
+  std::uint32_t npy_crc;  // layout 2: of the second page of the .npy header, at npy_offset()
+  std::array<char, 3440> zero;
   std::uint32_t crc;  // of all that does not change: this page but for `settled`, and the next
 };
 static_assert(sizeof(ResultHeader) == kPageBytes && std::is_standard_layout_v<ResultHeader>);
 static_assert(offsetof(ResultHeader, settled) == 72 && offsetof(ResultHeader, maker) == 80 &&
               offsetof(ResultHeader, owner_uid) == 104 && offsetof(ResultHeader, attempts) == 120 &&
               offsetof(ResultHeader, name) == 136 && offsetof(ResultHeader, queue) == 392 &&
-              offsetof(ResultHeader, crc) == 4092);
-inline constexpr std::uint64_t kSlotsOffset = 2 * kPageBytes;  // behind the header and the .npy header page
+              offsetof(ResultHeader, npy_crc) == 648 && offsetof(ResultHeader, crc) == 4092);
+inline constexpr std::uint64_t kSlotsOffset =
+    2 * kPageBytes;  // behind the header and a page of the .npy header
 
 // What the header says of a set, and does not change.
 struct ResultRecord {
@@ -106,7 +108,7 @@ struct ResultRecord {
   bool evictable = false;
   std::uint32_t attempts = 0;
   std::uint32_t lease_ms = 0;
-  std::string npy_header{};  // of a dense set's output array: its first page
+  std::string npy_header{};  // of a dense set's output array: one page (layout 1), or two (layout 2)
 
   friend bool operator==(const ResultRecord&, const ResultRecord&) = default;
 };
@@ -115,13 +117,14 @@ struct ResultLayout {
   std::uint64_t slots_offset = 0;
   std::uint64_t order_offset = 0;
   std::uint64_t job_offset = 0;
+  std::uint64_t npy_offset = 0;  // of the second page of the .npy header; where there is none: values_offset
   std::uint64_t values_offset = 0;
   std::uint64_t max_bytes = 0;
 };
 // Offsets for `slots` slots (1 to 2^32 - 1), each with up to `value_bytes` bytes in the segment, and for a
-// job of `job_bytes`.
+// job of `job_bytes`; with a second page of the .npy header, or without.
 [[nodiscard]] ResultLayout result_layout(std::uint64_t slots, std::uint64_t value_bytes,
-                                         std::uint64_t job_bytes = 0) noexcept;
+                                         std::uint64_t job_bytes = 0, bool has_more_npy = false) noexcept;
 
 // The layout of a set's segment: a ragged one has room for a value in each slot, a dense one for a reason.
 [[nodiscard]] ResultLayout result_layout(const ResultRecord& record) noexcept;
@@ -134,6 +137,12 @@ void write_result_header(std::byte* memory, const ResultRecord& record, const Re
 // unsupported for a newer layout.
 [[nodiscard]] Result<ResultRecord> read_result_header(std::span<const std::byte, kSlotsOffset> pages,
                                                       std::uint64_t size_bytes);
+// Of layout 2: the page that `record` still lacks, which read_result_header() has read, lies at this offset.
+[[nodiscard]] std::optional<std::uint64_t> more_npy_header(const ResultRecord& record) noexcept;
+// Adds that page; `pages` are those of read_result_header(). Errors: corrupted.
+[[nodiscard]] Result<void> add_npy_header(ResultRecord& record,
+                                          std::span<const std::byte, kSlotsOffset> pages,
+                                          std::span<const std::byte, kPageBytes> more);
 
 // Whether a segment that starts with `first_page` is a result set's: an array's starts as a .npy file does.
 [[nodiscard]] bool is_result_segment(std::span<const std::byte> first_page) noexcept;

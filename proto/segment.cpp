@@ -66,6 +66,12 @@ std::uint32_t crc_of(const RawTrailer& raw) {
       ::crc32_z(0, reinterpret_cast<const unsigned char*>(&raw), offsetof(RawTrailer, crc)));
 }
 
+// The oldest layout that has the data there; 0: none has.
+std::uint32_t layout_of(std::uint64_t data_offset) {
+  if (data_offset == kDataOffset) return 1;
+  return data_offset == kMaxDataOffset ? 2 : 0;
+}
+
 tl::unexpected<Error> refuse(std::string_view why) {
   return fail(Errc::corrupted, fmt::format("the segment's trailer is damaged: {}", why));
 }
@@ -76,17 +82,28 @@ std::string segment_name(std::string_view instance, std::uint64_t id) {
   return fmt::format("/cowmgr.{}.{:016x}", instance, id);
 }
 
+Result<std::string> make_segment_header(const ArraySpec& spec) {
+  if (auto one_page = make_npy_header(spec, kDataOffset)) return one_page;
+  if (auto two_pages = make_npy_header(spec, kMaxDataOffset)) return two_pages;
+  return fail(
+      Errc::invalid_dtype,
+      fmt::format(
+          "the dtype's description has {} bytes; with it the header would be longer than the two pages "
+          "that NumPy reads in place (10,000 bytes at most)",
+          spec.dtype.str().size()));
+}
+
 TrailerPage encode_trailer(const TrailerInfo& info) {
   COWMGR_ASSERT(info.name.size() <= kMaxNameBytes);
   RawTrailer raw{};
   raw.magic = kMagic;
-  raw.layout_version = kLayoutVersion;
+  raw.layout_version = layout_of(info.data_offset);
   raw.trailer_bytes = kTrailerBytes;
   raw.id = info.id;
   raw.version = info.version;
-  raw.data_offset = kDataOffset;
+  raw.data_offset = info.data_offset;
   raw.data_bytes = info.data_bytes;
-  raw.segment_bytes = segment_bytes(info.data_bytes);
+  raw.segment_bytes = segment_bytes(info.data_bytes, info.data_offset);
   raw.created_us = info.created_us;
   raw.sealed_us = info.sealed_us;
   raw.owner_uid = info.owner_uid;
@@ -115,8 +132,8 @@ Result<TrailerInfo> decode_trailer(std::span<const std::byte, kTrailerBytes> pag
   if (raw.crc != crc_of(raw)) return refuse("the crc does not match");
   // A crc can be forged, so what it covers is still hostile.
   if (raw.layout_version == 0) return refuse("its layout version is 0");
-  if (raw.trailer_bytes != kTrailerBytes || raw.data_offset != kDataOffset ||
-      raw.data_bytes > kMaxDataBytes || raw.segment_bytes != segment_bytes(raw.data_bytes) ||
+  if (raw.trailer_bytes != kTrailerBytes || layout_of(raw.data_offset) != raw.layout_version ||
+      raw.data_bytes > kMaxDataBytes || raw.segment_bytes != segment_bytes(raw.data_bytes, raw.data_offset) ||
       raw.name_bytes > kMaxNameBytes) {
     return refuse("its byte counts contradict each other");
   }
@@ -126,6 +143,7 @@ Result<TrailerInfo> decode_trailer(std::span<const std::byte, kTrailerBytes> pag
                      .id = raw.id,
                      .version = raw.version,
                      .data_bytes = raw.data_bytes,
+                     .data_offset = raw.data_offset,
                      .created_us = raw.created_us,
                      .sealed_us = raw.sealed_us,
                      .owner_uid = raw.owner_uid,

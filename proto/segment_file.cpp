@@ -4,6 +4,7 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <span>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -34,43 +35,65 @@ std::string text_of(const Page& page) {
   return {reinterpret_cast<const char*>(page.data()), page.size()};
 }
 
-// Fills in what an array's segment says of itself. What is wrong with it; nothing if it is whole.
-Result<std::string> fill_array(SegmentFile& file, int fd, std::uint64_t id, const Page& first) {
-  if (file.size_bytes < kDataOffset + kTrailerBytes) return "it is too short";
+// Why a file is not what it should be; nothing if it is whole.
+struct Problem {
+  std::string text{};
+  bool is_newer = false;
+};
+Problem problem_of(const Error& error) {
+  return {error.message, error.code == Errc::unsupported};
+}
+
+// Fills in what an array's segment says of itself.
+Result<Problem> fill_array(SegmentFile& file, int fd, std::uint64_t id, const Page& first) {
+  const auto damaged = [](std::string text) { return Problem{std::move(text)}; };
+  if (file.size_bytes < kDataOffset + kTrailerBytes) return damaged("it is too short");
   const auto last = read_page(fd, id, file.size_bytes - kTrailerBytes);
   if (!last) return error_of(last);
   auto trailer = decode_trailer(*last);
-  if (!trailer) return trailer.error().message;
-  const auto header = parse_npy_header(first);
-  if (!header) return fmt::format("its header is damaged: {}", header.error().message);
-  if (trailer->id != id) return fmt::format("its trailer is that of segment {:016x}", trailer->id);
-  if (trailer->name.empty() || trailer->version == 0) return "its trailer names no array";
-  if (header->data_offset != kDataOffset || header->data_bytes != trailer->data_bytes)
-    return "its header and its trailer contradict each other";
-  if (file.size_bytes != segment_bytes(trailer->data_bytes)) return "its size is not what its trailer says";
+  if (!trailer) return problem_of(trailer.error());
+  std::string text = text_of(first);
+  if (trailer->data_offset > kDataOffset) {
+    const auto second = read_page(fd, id, kDataOffset);
+    if (!second) return error_of(second);
+    text += text_of(*second);
+  }
+  const auto header = parse_npy_header(std::as_bytes(std::span(text)));
+  if (!header) return damaged(fmt::format("its header is damaged: {}", header.error().message));
+  if (trailer->id != id) return damaged(fmt::format("its trailer is that of segment {:016x}", trailer->id));
+  if (trailer->name.empty() || trailer->version == 0) return damaged("its trailer names no array");
+  if (header->data_offset != trailer->data_offset || header->data_bytes != trailer->data_bytes)
+    return damaged("its header and its trailer contradict each other");
+  if (file.size_bytes != segment_bytes(trailer->data_bytes, trailer->data_offset))
+    return damaged("its size is not what its trailer says");
   file.trailer = *std::move(trailer);
   file.spec = header->spec;
-  file.header = text_of(first);
-  return std::string();
+  file.header = std::move(text);
+  return Problem();
 }
 
 // The same of a result set's.
-Result<std::string> fill_slots(SegmentFile& file, int fd, std::uint64_t id, const Page& first) {
+Result<Problem> fill_slots(SegmentFile& file, int fd, std::uint64_t id, const Page& first) {
   std::array<std::byte, kSlotsOffset> pages{};
   const auto second = read_page(fd, id, kPageBytes);
   if (!second) return error_of(second);
   std::copy(first.begin(), first.end(), pages.begin());
   std::copy(second->begin(), second->end(), pages.begin() + kPageBytes);
   auto record = read_result_header(pages, file.size_bytes);
-  if (!record) return record.error().message;
+  if (!record) return problem_of(record.error());
+  if (const auto more = more_npy_header(*record)) {
+    const auto third = read_page(fd, id, *more);
+    if (!third) return error_of(third);
+    if (auto ok = add_npy_header(*record, pages, *third); !ok) return problem_of(ok.error());
+  }
   if (!record->is_ragged) {
-    const auto header = parse_npy_header(*second);
-    if (!header || header->data_offset != kDataOffset || header->spec.shape.empty())
-      return std::string("the header of its output array is damaged");
+    const auto header = parse_npy_header(std::as_bytes(std::span(record->npy_header)));
+    if (!header || header->data_offset != record->npy_header.size() || header->spec.shape.empty())
+      return Problem{"the header of its output array is damaged"};
     file.spec = header->spec;
   }
   file.results = *std::move(record);
-  return std::string();
+  return Problem();
 }
 
 }  // namespace
@@ -114,12 +137,12 @@ Result<SegmentFile> read_segment_file(int fd, std::uint64_t id) {
   auto problem = is_slots ? fill_slots(file, fd, id, *first) : fill_array(file, fd, id, *first);
   if (!problem) return error_of(std::move(problem));
   if (is_unsealed) {
-    if (!problem->empty()) file.trailer = {};
+    if (!problem->text.empty()) file.trailer = {};
     return file;
   }
-  file.problem = *std::move(problem);
+  file.problem = std::move(problem->text);
   if (!file.problem.empty())
-    file.kind = SegmentFile::Kind::damaged;
+    file.kind = problem->is_newer ? SegmentFile::Kind::newer : SegmentFile::Kind::damaged;
   else
     file.kind = is_slots ? SegmentFile::Kind::slots : SegmentFile::Kind::sealed;
   return file;

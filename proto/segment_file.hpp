@@ -40,6 +40,7 @@ struct SegmentFile {
     sealed,    // header and trailer are whole and agree: it is the record of its array
     slots,     // the slots of a result set
     damaged,   // marked as sealed, or as a set's, but it does not say so itself
+    newer,     // the same, but of a newer layout: for a newer program
   };
   Kind kind{};
   bool is_pinned = false;
@@ -48,13 +49,13 @@ struct SegmentFile {
   std::uint64_t size_bytes = 0;
   TrailerInfo trailer{};  // of an array, as the next two; of one without a name: it has no whole record
   ArraySpec spec{Dtype::of<std::uint8_t>(), {}};
-  std::string header{};    // its first page
+  std::string header{};    // all in front of the data
   ResultRecord results{};  // of a set's slots
-  std::string problem{};   // of a damaged one, in words
+  std::string problem{};   // of a damaged or newer one, in words
 };
 
-// Reads what the file `fd` says of itself; its name has `id`. Reads two pages, whatever its size, with
-// pread(2): no file makes this fail with a signal. Errors: out_of_memory, os_failure.
+// Reads what the file `fd` says of itself; its name has `id`. Reads two or three pages, whatever its size,
+// with pread(2): no file makes this fail with a signal. Errors: out_of_memory, os_failure.
 [[nodiscard]] Result<SegmentFile> read_segment_file(int fd, std::uint64_t id);
 
 }  // namespace cowmgr

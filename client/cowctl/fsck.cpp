@@ -32,7 +32,7 @@ constexpr std::string_view kPrefix = "cowmgr.";
 struct Entry {
   std::string file;
   std::uint64_t id = 0;
-  std::string state;  // sealed, unsealed, results, damaged, unreadable
+  std::string state;  // sealed, unsealed, results, newer, damaged, unreadable
   SegmentFile segment{};
   std::string problem{};
   bool is_useless = false;  // nobody can use it any more
@@ -53,6 +53,8 @@ constexpr std::string_view state_of(SegmentFile::Kind kind) {
       return "unsealed";
     case SegmentFile::Kind::slots:
       return "results";
+    case SegmentFile::Kind::newer:
+      return "newer";  // for a newer daemon: not to be removed
     default:
       return "damaged";
   }

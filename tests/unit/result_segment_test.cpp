@@ -97,11 +97,11 @@ TEST(ResultSegment, WhatIsNotTheSetsIsCorrupted) {
 
 TEST(ResultSegment, ANewerLayoutIsUnsupportedWhateverElseItSays) {
   ResultMemory memory(kSet, 3, 0);
-  write_at<std::uint32_t>(memory.data(), 8, 2);
+  write_at<std::uint32_t>(memory.data(), 8, 3);
   write_at<std::uint32_t>(memory.data(), 12, 48);
   const auto opened = ResultSegment::open(memory.data(), kSet + 1);
   ASSERT_THAT(opened, FailsWith(Errc::unsupported));
-  EXPECT_THAT(opened.error().message, HasSubstr("version 2"));
+  EXPECT_THAT(opened.error().message, HasSubstr("version 3"));
 }
 
 // ---- Reading ----

@@ -1,5 +1,8 @@
 #include "proto/segment_file.hpp"
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstring>
 #include <fcntl.h>
 #include <memory>
@@ -7,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <vector>
 
 #include <fmt/format.h>
 #include <gmock/gmock.h>
@@ -100,6 +104,61 @@ class File {
  private:
   UniqueFd fd_;
 };
+
+TEST(SegmentFile, OfTwoPagesOfHeaderTellsAllOfItsArrayToo) {
+  std::string fields;
+  for (int i = 0; i < 200; ++i) fields += fmt::format("('field_{:04}', '<f4'), ", i);
+  const ArraySpec spec{*Dtype::parse("[" + fields + "]"), {2}};
+  const File file;
+  TrailerInfo trailer = file.trailer_;
+  trailer.data_bytes = 1600;
+  trailer.data_offset = kMaxDataOffset;
+  const std::uint64_t size_bytes = segment_bytes(1600, kMaxDataOffset);
+  const std::string header = *make_segment_header(spec);
+  file.resize(size_bytes);
+  file.write(0, header);
+  file.write(size_bytes - kTrailerBytes, encode_trailer(trailer));
+  const SegmentFile read = file.read();
+  EXPECT_EQ(read.kind, Kind::sealed) << read.problem;
+  EXPECT_EQ(read.spec, spec);
+  EXPECT_EQ(read.header, header);
+  EXPECT_EQ(read.trailer, trailer);
+  file.write(5000, "XXXX");
+  file.expect_damaged("header");
+}
+
+TEST(SegmentFile, OfANewerLayoutIsForANewerProgram) {
+  const File file;
+  TrailerPage page = encode_trailer(file.trailer_);
+  page[8] = std::byte{3};
+  file.write(segment_bytes(48) - kTrailerBytes, page);
+  EXPECT_EQ(file.read().kind, Kind::newer);
+  EXPECT_THAT(file.read().problem, HasSubstr("layout version 3"));
+  file.mark(kModeWriting);
+  EXPECT_EQ(file.read().kind, Kind::unsealed) << "its writer may have said so";
+}
+
+TEST(SegmentFile, OfASetWhoseArrayHasTwoPagesOfHeaderIsWholeOrDamaged) {
+  std::string fields;
+  for (int i = 0; i < 200; ++i) fields += fmt::format("('field_{:04}', '<f4'), ", i);
+  const ArraySpec spec{*Dtype::parse("[" + fields + "]"), {4}};
+  const ResultRecord record{.set = kId, .slots = 3, .name = "s", .npy_header = *make_segment_header(spec)};
+  const ResultLayout layout = result_layout(record);
+  std::vector<std::byte> memory(layout.values_offset);
+  alignas(64) static std::array<std::byte, 1U << 16U> aligned{};
+  ASSERT_LE(memory.size(), aligned.size());
+  write_result_header(aligned.data(), record, layout);
+  std::copy_n(aligned.begin(), memory.size(), memory.begin());
+  const File file;
+  file.resize(layout.values_offset);
+  file.write(0, memory);
+  const SegmentFile read = file.read();
+  EXPECT_EQ(read.kind, Kind::slots) << read.problem;
+  EXPECT_EQ(read.results, record);
+  EXPECT_EQ(read.spec, spec);
+  file.write(layout.npy_offset + 100, "X");
+  file.expect_damaged("crc");
+}
 
 TEST(SegmentFile, ThatIsSealedTellsAllOfItsArray) {
   const File file;

@@ -5,8 +5,11 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include <boost/crc.hpp>
+#include <fmt/format.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "tests/unit/result.hpp"
@@ -91,6 +94,46 @@ TEST(Trailer, LiesWhereTheSpecificationSays) {
   EXPECT_EQ(page, with_crc(page)) << "the crc is CRC-32 of all bytes before it";
 }
 
+TEST(Trailer, OfAHeaderOfTwoPagesIsLayout2) {
+  auto info = info_of("x");
+  info.data_offset = kMaxDataOffset;
+  const auto page = encode_trailer(info);
+  EXPECT_EQ(at<std::uint32_t>(page, 8), 2U);
+  EXPECT_EQ(at<std::uint64_t>(page, 32), 8192U);
+  EXPECT_EQ(at<std::uint64_t>(page, 48), segment_bytes(47040000) + 4096);
+  EXPECT_EQ(decode_trailer(page), info);
+}
+
+TEST(Trailer, HasTheDataWhereItsLayoutHasIt) {
+  for (const auto& [layout, data_offset] :
+       {std::pair(1U, 8192U), std::pair(2U, 4096U), std::pair(2U, 12288U), std::pair(2U, 0U)}) {
+    auto page = encode_trailer(info_of("x"));
+    put<std::uint32_t>(page, 8, layout);
+    put<std::uint64_t>(page, 32, data_offset);
+    put<std::uint64_t>(page, 48, segment_bytes(47040000, data_offset));
+    EXPECT_THAT(decode_trailer(with_crc(page)), FailsWith(Errc::corrupted)) << layout << ", " << data_offset;
+  }
+}
+
+// A structured dtype whose .npy header has `header_bytes` at least, and less than one field more.
+ArraySpec spec_with_header(std::size_t header_bytes) {
+  std::string fields;
+  const auto parse = [&] { return Dtype::parse("[" + fields + "]"); };
+  for (int i = 0;; ++i) {
+    fields += fmt::format("('field_{:04}', '<f4'), ", i);
+    const ArraySpec spec{*parse(), {3}};
+    if (!make_npy_header(spec, header_bytes)) return spec;
+  }
+}
+
+TEST(Segment, ItsHeaderTakesOnePageOrTwo) {
+  EXPECT_EQ(make_segment_header({Dtype::of<float>(), {3}})->size(), 4096U);
+  EXPECT_EQ(make_segment_header(spec_with_header(4096))->size(), 8192U);
+  const auto refused = make_segment_header(spec_with_header(8192));
+  ASSERT_THAT(refused, FailsWith(Errc::invalid_dtype));
+  EXPECT_THAT(refused.error().message, testing::HasSubstr("NumPy reads in place"));
+}
+
 TEST(Trailer, HasTheCrcOfIeee8023) {
   boost::crc_32_type crc;
   crc.process_bytes("123456789", 9);
@@ -162,7 +205,7 @@ TEST(Trailer, RefusesOneThatIsCutOff) {
 }
 
 TEST(Trailer, SaysOfANewerLayoutThatItIsNotSupported) {
-  for (const std::uint32_t version : {2U, 3U, 0xFFFFFFFFU}) {
+  for (const std::uint32_t version : {3U, 4U, 0xFFFFFFFFU}) {
     auto page = encode_trailer(info_of("x"));
     put(page, 8, version);
     EXPECT_THAT(decode_trailer(page), FailsWith(Errc::unsupported)) << "its crc may be elsewhere";

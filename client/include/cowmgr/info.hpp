@@ -53,8 +53,9 @@ struct ArrayInfo {
   SystemTime created;
   SystemTime sealed;  // the epoch while writing
   SystemTime last_used;
-  pid_t writer_pid = 0;        // while writing
-  std::uint64_t checksum = 0;  // of the data, XXH3 with 64 bits; 0: none was asked for
+  pid_t writer_pid = 0;           // while writing
+  std::uint64_t checksum = 0;     // of the data, XXH3 with 64 bits; 0: none was asked for
+  std::uint64_t data_offset = 0;  // of the data in the segment
 };
 
 enum class ResultsState : std::uint8_t {
@@ -89,6 +90,7 @@ struct ResultsInfo {
   std::uint64_t value_bytes = 0;  // of values and reasons, in the set's own segment
   std::string segment{};          // the set's own, as shm_open(3) takes it
   std::string queue{};            // empty: workers find it by its name alone
+  std::uint64_t data_offset = 0;  // of a dense set: of the data in its array's segment
 };
 
 struct ClientInfo {
