@@ -11,6 +11,10 @@
 
 #include "proto/text.hpp"
 
+#ifndef SO_PASSRIGHTS
+#define SO_PASSRIGHTS 83  // Linux 6.16
+#endif
+
 namespace cowmgr {
 namespace {
 
@@ -64,6 +68,21 @@ std::vector<UniqueFd> take_fds(msghdr& message) {
   return fds;
 }
 
+// A file for a socket is made with the mode that the socket has, but for the umask (unix(7)), which is of the
+// whole process. Default access lists of the directory may take more away: chmod gives that back.
+Result<void> bind_with_mode(int socket, const sockaddr_un& address, const std::string& path, mode_t mode) {
+  (void)::fchmod(socket, mode);
+  const mode_t before = ::umask(0);
+  const int rc = ::bind(socket, generic(address), sizeof address);
+  const int number = errno;
+  ::umask(before);
+  if (rc != 0) return tl::unexpected(os_error("bind", path, number));
+  struct stat made {};
+  if (::stat(path.c_str(), &made) == 0 && (made.st_mode & 07777U) == mode) return {};
+  if (::chmod(path.c_str(), mode) != 0) return tl::unexpected(os_error("chmod", path, errno));
+  return {};
+}
+
 void put_fds(msghdr& message, ControlBuffer& control, std::span<const int> fds) {
   message.msg_control = control.data();
   message.msg_controllen = CMSG_SPACE(fds.size_bytes());
@@ -98,13 +117,64 @@ Result<UniqueFd> listen_at(const std::string& path, int mode) {
   if (!address) return error_of(address);
   auto fd = new_socket(SOCK_NONBLOCK);
   if (!fd) return fd;
-  if (::bind(fd->get(), generic(*address), sizeof *address) != 0)
-    return tl::unexpected(os_error("bind", path, errno));
-  // Nobody can connect between bind and chmod: connect(2) is refused until listen.
-  if (::chmod(path.c_str(), static_cast<mode_t>(mode)) != 0)
-    return tl::unexpected(os_error("chmod", path, errno));
+  if (auto ok = bind_with_mode(fd->get(), *address, path, static_cast<mode_t>(mode)); !ok)
+    return error_of(ok);
+  // Connections are as their listener when they begin: after accept(2) it is too late, what was passed before
+  // lies in the queue. An older kernel does not know the option; takes_descriptors() tells.
+  const int none = 0;
+  (void)::setsockopt(fd->get(), SOL_SOCKET, SO_PASSRIGHTS, &none, sizeof none);
   if (::listen(fd->get(), kBacklog) != 0) return tl::unexpected(os_error("listen", path, errno));
   return fd;
+}
+
+bool takes_descriptors(int socket) noexcept {
+  int value = 1;
+  socklen_t bytes = sizeof value;
+  return ::getsockopt(socket, SOL_SOCKET, SO_PASSRIGHTS, &value, &bytes) != 0 || value != 0;
+}
+
+namespace {
+
+// Looks at the next record with room for so much control data. The kernel says MSG_CTRUNC where there is more
+// (recvmsg(2)), and MSG_PEEK keeps it from closing the descriptors that it leaves out.
+ssize_t peek(int socket, msghdr& message, std::span<char> control) noexcept {
+  std::byte first{};
+  iovec part{&first, 1};
+  message = {};
+  message.msg_iov = &part;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  ssize_t count = -1;
+  do count = ::recvmsg(socket, &message, MSG_PEEK | MSG_DONTWAIT);
+  while (count < 0 && (errno == EINTR || errno == ECONNRESET));  // an error is told once
+  message.msg_iov = nullptr;
+  return count;
+}
+
+}  // namespace
+
+NextRecord next_record(int socket) noexcept {
+  msghdr message{};
+  const ssize_t count = peek(socket, message, {});
+  if (count < 0 && errno == EAGAIN) return NextRecord::none;
+  return count >= 0 && (message.msg_flags & MSG_CTRUNC) != 0 ? NextRecord::with_descriptors
+                                                             : NextRecord::plain;
+}
+
+// With SO_PASSCRED each record comes with its sender's credentials: so one of no bytes is told from the end.
+bool shut_and_drain(int socket) noexcept {
+  const int yes = 1;
+  ::shutdown(socket, SHUT_RDWR);  // nothing more comes
+  if (::setsockopt(socket, SOL_SOCKET, SO_PASSCRED, &yes, sizeof yes) != 0) return false;
+  for (;;) {
+    alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(ucred))> credentials{};
+    msghdr message{};
+    std::byte first{};
+    if (peek(socket, message, credentials) < 0 || message.msg_controllen == 0) return true;
+    if ((message.msg_flags & MSG_CTRUNC) != 0) return false;
+    (void)::recv(socket, &first, 1, MSG_DONTWAIT);  // the record goes, however long it is
+  }
 }
 
 Result<bool> send_frame(int socket, std::span<const std::byte> bytes, std::span<const int> fds) {

@@ -28,8 +28,25 @@ struct Frame {
 // permission_denied, invalid_argument when the path does not fit in a socket address (107 bytes).
 [[nodiscard]] Result<UniqueFd> connect_to(const std::string& path);
 
-// A listening socket at `path`, non-blocking; the path must not exist. Errors: as bind(2) and listen(2).
+// A listening socket at `path`, non-blocking; the path must not exist. It has `mode` from its first moment:
+// the process's umask is another one for that moment. Connections to it take no descriptors, where the kernel
+// can refuse them (SO_PASSRIGHTS, Linux 6.16): sendmsg(2) fails with EPERM at the peer. Errors: as bind(2)
+// and listen(2).
 [[nodiscard]] Result<UniqueFd> listen_at(const std::string& path, int mode);
+
+// Whether a peer can pass descriptors to this socket; a connection is as the socket is that it was accepted
+// from.
+[[nodiscard]] bool takes_descriptors(int socket) noexcept;
+
+// What lies next in a socket; it stays there. Descriptors are not touched: whoever receives or closes them
+// may have to wait (close(2) of a TCP socket with SO_LINGER).
+enum class NextRecord { none, plain, with_descriptors };
+// `plain` is also the end of the connection, and an error that receiving will tell.
+[[nodiscard]] NextRecord next_record(int socket) noexcept;
+
+// Ends the connection in both directions, and throws away what has come. False when a record with descriptors
+// came up: that one, and what is behind it, is left.
+[[nodiscard]] bool shut_and_drain(int socket) noexcept;
 
 // Sends one frame. Returns false when a non-blocking socket has no room (nothing was sent). The caller keeps
 // `fds`. Errors: disconnected; invalid_argument when the frame is too large.

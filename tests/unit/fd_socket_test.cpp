@@ -1,6 +1,7 @@
 #include "proto/fd_socket.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstddef>
@@ -8,7 +9,9 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <iterator>
+#include <poll.h>
 #include <string>
+#include <sys/inotify.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -18,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "tests/unit/result.hpp"
@@ -541,6 +545,61 @@ TEST(ConnectTo, TakesTheLongestPath) {
   EXPECT_THAT(connect_to(path), Succeeds());
 }
 
+// ---- Looking ----
+
+TEST(NextRecord, TellsWhetherDescriptorsComeAndLeavesThem) {
+  SocketPair pair;
+  Pipe pipe;
+  EXPECT_EQ(next_record(pair.ours.get()), NextRecord::none);
+  send_raw(pair.theirs.get(), 10, 0, -1);
+  for (const std::size_t count : {std::size_t{1}, std::size_t{250}})
+    send_raw(pair.theirs.get(), 10, count, pipe.writer.get());
+  pipe.writer.reset();
+  Buffer buffer;
+  EXPECT_EQ(next_record(pair.ours.get()), NextRecord::plain);
+  EXPECT_THAT(receive_bytes(pair.ours.get(), buffer), Succeeds());
+  const auto before = open_descriptors();
+  EXPECT_EQ(next_record(pair.ours.get()), NextRecord::with_descriptors);
+  EXPECT_EQ(next_record(pair.ours.get()), NextRecord::with_descriptors);
+  EXPECT_EQ(open_descriptors(), before);
+  EXPECT_FALSE(shut_and_drain(pair.ours.get()));
+  pollfd end{pipe.reader.get(), POLLIN, 0};
+  EXPECT_EQ(::poll(&end, 1, 0), 0) << "a writer is still in the queue";
+  pair.ours.reset();
+  EXPECT_EQ(::poll(&end, 1, 0), 1);
+}
+
+TEST(NextRecord, LeavesTheEndToWhoeverReceives) {
+  SocketPair pair;
+  pair.theirs.reset();
+  EXPECT_EQ(next_record(pair.ours.get()), NextRecord::plain);
+}
+
+TEST(ShutAndDrain, TakesAllThatHasCome) {
+  for (const bool is_gone : {false, true}) {
+    SocketPair pair;
+    send_raw(pair.theirs.get(), 10, 0, -1);
+    send_raw(pair.theirs.get(), 0, 0, -1);
+    send_raw(pair.theirs.get(), 1000, 0, -1);
+    if (is_gone) pair.theirs.reset();
+    EXPECT_TRUE(shut_and_drain(pair.ours.get()));
+    if (is_gone) continue;
+    EXPECT_THAT(send_frame(pair.theirs.get(), bytes_of("x"s)), FailsWith(Errc::disconnected));
+  }
+}
+
+// A record of no bytes reads like the end, and is not.
+TEST(ShutAndDrain, IsNotDeceivedByEmptyRecords) {
+  Pipe pipe;
+  for (const bool is_gone : {false, true}) {
+    SocketPair pair;
+    for (int i = 0; i < 3; ++i) send_raw(pair.theirs.get(), 0, 0, -1);
+    send_raw(pair.theirs.get(), 0, 1, pipe.reader.get());
+    if (is_gone) pair.theirs.reset();
+    EXPECT_FALSE(shut_and_drain(pair.ours.get()));
+  }
+}
+
 // ---- Listening ----
 
 TEST(ListenAt, GivesThePathItsMode) {
@@ -555,6 +614,38 @@ TEST(ListenAt, GivesThePathItsMode) {
     EXPECT_EQ(status.st_mode, static_cast<mode_t>(S_IFSOCK | mode)) << "whatever the umask";
   }
   ::umask(old_mask);
+}
+
+// There is no moment in which connect(2) is denied: the file is made with its mode, and not changed.
+TEST(ListenAt, GivesThePathItsModeFromTheFirstMoment) {
+  TemporaryDirectory directory;
+  const UniqueFd watch(::inotify_init1(IN_CLOEXEC | IN_NONBLOCK));
+  ASSERT_GE(::inotify_add_watch(watch.get(), directory.file("").c_str(), IN_CREATE | IN_ATTRIB), 0);
+  const auto old_mask = ::umask(0077);
+  const auto listener = listen_at(directory.file("s"), 0666);
+  EXPECT_EQ(::umask(old_mask), 0077U) << "the umask is as it was";
+  ASSERT_THAT(listener, Succeeds());
+  alignas(inotify_event) std::array<char, 4096> events{};
+  const auto count = ::read(watch.get(), events.data(), events.size());
+  ASSERT_GE(count, static_cast<ssize_t>(sizeof(inotify_event)));
+  const auto* made = reinterpret_cast<const inotify_event*>(events.data());
+  EXPECT_EQ(made->mask, static_cast<std::uint32_t>(IN_CREATE));
+  EXPECT_EQ(static_cast<std::size_t>(count), sizeof(inotify_event) + made->len) << "the file was changed";
+}
+
+TEST(ListenAt, TakesNoDescriptorsWhereTheKernelCanRefuseThem) {
+  TemporaryDirectory directory;
+  const auto listener = listen_at(directory.file("s"), 0600);
+  ASSERT_THAT(listener, Succeeds());
+  const SocketPair pair;
+  EXPECT_TRUE(takes_descriptors(pair.ours.get())) << "as every socket does that was not asked to refuse them";
+  if (takes_descriptors(listener->get())) GTEST_SKIP() << "Linux before 6.16";
+  const auto peer = connect_to(directory.file("s"));
+  ASSERT_THAT(peer, Succeeds());
+  const Pipe pipe;
+  const int fd = pipe.reader.get();
+  EXPECT_THAT(send_frame(peer->get(), bytes_of("x"s), {&fd, 1}), FailsWith(Errc::permission_denied));
+  EXPECT_THAT(send_frame(peer->get(), bytes_of("x"s)), testing::Optional(true));
 }
 
 TEST(ListenAt, DoesNotTakeAPathFromAnother) {
