@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <unistd.h>
 #include <vector>
@@ -78,7 +82,8 @@ void add_options(CLI::App& app, Config& config, std::string& protection, unsigne
                  "process's control groups may use]")
       ->envname("COWMGR_CAPACITY")
       ->transform(size_text());
-  app.add_option("--log-level", config.log_level, "What is logged to standard error")
+  app.add_option("--log-level", config.log_level,
+                 "What is logged to standard error, at most 20 lines a second of what one user does")
       ->envname("COWMGR_LOG_LEVEL")
       ->check(CLI::IsMember({"trace", "debug", "info", "warning", "error", "off"}))
       ->capture_default_str();
@@ -125,6 +130,48 @@ std::vector<std::string> with_environment(CLI::App& app, int argc, char** argv) 
   return arguments;
 }
 
+// What is wrong with one line of a configuration file, or nothing.
+std::optional<std::string> complaint_about(const std::string& line) {
+  Config config;
+  std::string protection;
+  unsigned grace_seconds = 0;
+  CLI::App app;
+  app.allow_config_extras(CLI::config_extras_mode::error);
+  add_options(app, config, protection, grace_seconds);
+  std::istringstream in(line);
+  try {
+    app.parse_from_stream(in);
+  } catch (const CLI::Error& error) {
+    return error.what();
+  }
+  return std::nullopt;
+}
+
+// "FILE:LINE: what is wrong" of the first bad line of the file that was given, if there is one: CLI11 does
+// not say where it found what it refuses.
+std::optional<std::string> bad_line(const CLI::Option& option) {
+  if (option.count() == 0) return std::nullopt;
+  const std::string& file = option.results().back();
+  std::ifstream in(file);
+  std::string line;
+  for (int number = 1; std::getline(in, line); ++number) {
+    if (const auto complaint = complaint_about(line))
+      return fmt::format("{}:{}: {}", file, number, *complaint);
+  }
+  return std::nullopt;
+}
+
+// Says what is wrong. Returns the exit status.
+int refuse(const CLI::App& app, const CLI::ParseError& error) {
+  const bool is_asked = error.get_exit_code() == 0;  // --help, --version
+  const auto line = is_asked ? std::nullopt : bad_line(*app.get_config_ptr());
+  if (line)
+    std::cerr << *line << "\nRun with --help for more information.\n";
+  else
+    app.exit(error);
+  return is_asked ? 0 : 2;
+}
+
 }  // namespace
 
 std::optional<int> parse_config(int argc, char** argv, Config& config) {
@@ -132,7 +179,8 @@ std::optional<int> parse_config(int argc, char** argv, Config& config) {
   std::string protection = "auto";
   config.socket = default_socket();
   app.set_version_flag("--version", fmt::format("cowmgr {}", kVersion));
-  app.set_config("--config", "", "Read options from FILE")->type_name("FILE");
+  app.set_config("--config", "", "Read options from FILE; a bad line is told as FILE:LINE")
+      ->type_name("FILE");
   app.allow_config_extras(CLI::config_extras_mode::error);
   app.footer(kFooter);
   auto grace_seconds = static_cast<unsigned>(config.grace.count());
@@ -140,8 +188,7 @@ std::optional<int> parse_config(int argc, char** argv, Config& config) {
   try {
     app.parse(with_environment(app, argc, argv));
   } catch (const CLI::ParseError& error) {
-    const int rc = app.exit(error);
-    return rc == 0 ? 0 : 2;
+    return refuse(app, error);
   }
   config.grace = std::chrono::seconds(grace_seconds);
   config.needs_verified = protection == "verified";

@@ -181,5 +181,36 @@ TEST_F(ConfigTest, BadValuesOfTheFileAreRefusedToo) {
   EXPECT_THAT(parse(file("socket-mode=\"rw\"\n")), Optional(2));
 }
 
+// Wherever it is, whatever is wrong with it.
+TEST_F(ConfigTest, ABadLineOfTheFileIsToldWithFileAndLine) {
+  struct Case {
+    const char* text;
+    int line;
+    const char* part;
+  };
+  for (const auto& [text, line, part] :
+       {Case{"instance=\"a\"\n\n# a comment\ncapacity=\"lots\"\n", 4, "--capacity"},
+        Case{"no-such-option=1\n", 1, "no-such-option"},
+        Case{"socket=\"/s\"\ncapacity 4GiB\n", 2, "capacity"},
+        Case{"purge=true\n[section]\nsocket=\"/s\"\n", 2, "section"},
+        Case{"grace=1\ngrace=4000\nsocket-mode=9", 2, "--grace"}}) {
+    const auto arguments = file(text);
+    EXPECT_THAT(parse(arguments), Optional(2)) << text;
+    EXPECT_THAT(err_, testing::StartsWith(fmt::format("{}:{}: ", arguments.back(), line))) << text;
+    EXPECT_THAT(err_, HasSubstr(part));
+    EXPECT_EQ(out_, "");
+  }
+}
+
+TEST_F(ConfigTest, AGoodFileIsNotBlamed) {
+  auto arguments = file("capacity=\"1GiB\"\npurge=true\n");
+  arguments.emplace_back("--grace=-1");
+  EXPECT_THAT(parse(arguments), Optional(2));
+  EXPECT_THAT(err_, testing::Not(HasSubstr(arguments[1])));
+  arguments.back() = "--help";
+  EXPECT_THAT(parse(arguments), Optional(0));
+  EXPECT_EQ(err_, "");
+}
+
 }  // namespace
 }  // namespace cowmgr
