@@ -8,7 +8,7 @@
 
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/experimental/awaitable_operators.hpp>
-#include <spdlog/spdlog.h>
+#include <fmt/format.h>
 
 #include "daemon/descriptors.hpp"
 #include "proto/fd_socket.hpp"
@@ -24,7 +24,13 @@ alignas(16) thread_local std::array<std::byte, kMaxFrameBytes> scratch;
 
 }  // namespace
 
-Channel::Channel(Core& core, UniqueFd socket) : core_(core), socket_(core.io, socket.release()) {}
+Channel::Channel(Core& core, UniqueFd socket, uid_t uid)
+    : core_(core), uid_(uid), socket_(core.io, socket.release()) {}
+
+bool Channel::close_for(std::string_view why) {
+  core_.log.debug(uid_, [&] { return fmt::format("a connection of user {} is closed: {}", uid_, why); });
+  return false;
+}
 
 asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
   for (;;) {
@@ -32,17 +38,19 @@ asio::awaitable<bool> Channel::receive(std::vector<std::byte>& frame) {
     // also gives the others their turn, however fast this one sends.
     const auto [error] = co_await socket_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
     if (error) co_return false;
+    if (core_.closer) {
+      const NextRecord next = next_record(socket_.native_handle());
+      if (next == NextRecord::none) continue;
+      if (next == NextRecord::with_descriptors) co_return close_for("it passes descriptors");
+    }
     const auto received = receive_bytes(socket_.native_handle(), scratch);
     if (!received) {
-      if (received.error().code != Errc::disconnected)
-        spdlog::debug("a connection is closed: {}", received.error().message);
-      co_return false;
+      if (received.error().code == Errc::disconnected) co_return false;
+      co_return close_for(received.error().message);
     }
     if (*received) {
-      if (leaves_descriptors_unread()) {
-        spdlog::debug("a connection is closed: it asks again before it has taken what it was sent");
-        co_return false;
-      }
+      if (leaves_descriptors_unread())
+        co_return close_for("it asks again before it has taken what it was sent");
       frame.assign((*received)->begin(), (*received)->end());
       co_return true;
     }
@@ -62,7 +70,9 @@ Channel::Sent Channel::try_send(std::span<const std::byte> bytes, std::span<cons
   const auto sent = send_frame(socket_.native_handle(), bytes, fds);
   if (sent) return *sent ? Sent::yes : Sent::no_room;
   if (sent.error().code == Errc::disconnected) return Sent::connection_ended;
-  spdlog::warn("a reply could not be sent: {}", sent.error().message);
+  core_.log.warn(uid_, [&] {
+    return fmt::format("a reply to user {} could not be sent: {}", uid_, sent.error().message);
+  });
   return fds.empty() ? Sent::connection_ended : Sent::too_many_descriptors;
 }
 

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <span>
 #include <string>
+#include <string_view>
+#include <sys/types.h>
 #include <vector>
 
 #include <boost/asio/awaitable.hpp>
@@ -19,11 +21,13 @@ using Deadline = std::chrono::steady_clock::time_point;
 
 class Channel {
  public:
-  // `socket`: connected, non-blocking.
-  Channel(Core& core, UniqueFd socket);
+  // `socket`: connected, non-blocking; of a peer of user `uid`.
+  Channel(Core& core, UniqueFd socket, uid_t uid);
+  // The socket, for whoever closes it. Nothing is under way, and nothing follows.
+  [[nodiscard]] UniqueFd take_socket() { return UniqueFd(socket_.release()); }
 
-  // The next frame, copied to `frame`; descriptors that came with it are closed, since no request has any.
-  // False when the connection ended or broke the protocol.
+  // The next frame, copied to `frame`. False when the connection ended or broke the protocol, as one that
+  // brings descriptors does: they are still in the socket then.
   [[nodiscard]] asio::awaitable<bool> receive(std::vector<std::byte>& frame);
 
   enum class Sent { yes, connection_ended, too_many_descriptors, no_room };
@@ -43,8 +47,10 @@ class Channel {
 
  private:
   [[nodiscard]] bool leaves_descriptors_unread();
+  [[nodiscard]] bool close_for(std::string_view why);
 
   Core& core_;
+  uid_t uid_;
   asio::posix::stream_descriptor socket_;
   bool has_sent_descriptors_ = false;  // with the last frame
 };

@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
+#include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr {
@@ -46,6 +47,7 @@ void WaitList::wake(const WaitKey& key) {
 
 Core::Core(asio::io_context& io_context, const Config& options, const ShmEnv& shm)
     : io(io_context),
+      log(io_context),
       config(options),
       env(shm),
       store(shm, {.capacity_bytes = options.capacity_bytes,
@@ -160,8 +162,18 @@ void Core::end_grace() {
   settle();
 }
 
+void Core::close_socket(UniqueFd socket, std::function<void()> closed) {
+  if (closer && !shut_and_drain(socket.get())) {
+    auto in_the_loop = [this, closed = std::move(closed)] { asio::post(io, closed); };
+    return closer->close(std::move(socket), std::move(in_the_loop));
+  }
+  socket.reset();
+  closed();
+}
+
 void Core::begin_to_stop() noexcept {
   is_stopping_ = true;
+  log.stop();
   stops_work_ = true;
   lease_end_.cancel();
   grace_end_.cancel();
@@ -312,6 +324,7 @@ asio::awaitable<void> Core::report_tampering(int lease_fd) {
   const ArrayRecord* record = store.mark_tampered(lease_fd);
   if (record == nullptr) co_return;
   const ArrayId id = record->id;
+  const uid_t owner = record->owner.uid;
   const std::string name = record->name;
   const auto older =
       std::ranges::find(record->older, lease_fd, [](const Segment& one) { return one.lease.get(); });
@@ -319,8 +332,10 @@ asio::awaitable<void> Core::report_tampering(int lease_fd) {
   // Whoever opens waits in open(2) until the lease is given up; then /proc shows who it was.
   ShmEnv::end_lease(lease_fd);
   const std::string who = co_await writers_in_words(opened);
-  spdlog::warn("array {} (#{}) was opened for writing by {}; it is not served any more", printable(name), id,
-               who);
+  log.warn(owner, [&] {
+    return fmt::format("array {} (#{}) was opened for writing by {}; it is not served any more",
+                       printable(name), id, who);
+  });
   settle();
 }
 
@@ -335,10 +350,12 @@ void Core::report_removals(const ShmEnv::Removals& removals) {
     if (!store.note_unlinked(id)) continue;
     const ArrayRecord& record = *store.find(id);
     const bool is_served = store.unlinked().contains(id);
-    spdlog::warn(
-        "somebody removed {} from /dev/shm, the file of array {}; {}", record.segment.name,
-        printable(record.name),
-        is_served ? "it is served on, and is written to a new one if there is room" : "who has it keeps it");
+    log.warn(record.owner.uid, [&] {
+      return fmt::format("somebody removed {} from /dev/shm, the file of array {}; {}", record.segment.name,
+                         printable(record.name),
+                         is_served ? "it is served on, and is written to a new one if there is room"
+                                   : "who has it keeps it");
+    });
     rewritten_in_vain_.erase(id);
     if (is_served) start_rewriting();
   }
@@ -372,6 +389,7 @@ asio::awaitable<void> Core::rewrite(ArrayId id) {
   }
   const ArrayRecord& record = **begun;
   const std::string name = record.name;
+  const uid_t owner = record.owner.uid;
   Result<Segment> copy = reader_of(record.segment);
   if (copy) {
     auto work = [this, id, from = *std::move(copy), header = record.header, trailer = trailer_page(record)] {
@@ -381,7 +399,7 @@ asio::awaitable<void> Core::rewrite(ArrayId id) {
   }
   if (!copy) spdlog::debug("array #{} is not rewritten: {}", id, copy.error().message);
   if (store.end_rewrite(id, copy ? std::optional(*std::move(copy)) : std::nullopt))
-    spdlog::info("array {} (#{}) has a file again", printable(name), id);
+    log.info(owner, [&] { return fmt::format("array {} (#{}) has a file again", printable(name), id); });
   waits.wake({WaitKey::Topic::reclaimed});
   settle();
 }

@@ -24,8 +24,10 @@
 #include <boost/asio/thread_pool.hpp>
 #include <boost/asio/use_awaitable.hpp>
 
+#include "daemon/closer.hpp"
 #include "daemon/config.hpp"
 #include "daemon/fd_store.hpp"
+#include "daemon/peer_log.hpp"
 #include "daemon/results.hpp"
 #include "daemon/shm_env.hpp"
 #include "daemon/store.hpp"
@@ -116,6 +118,9 @@ class Core {
   // A session has come back. Whether it was awaited.
   bool has_come_back(SessionId session) { return awaited_.erase(session) > 0; }
 
+  // Closes a connection's socket, elsewhere where that may take its time; then calls `closed`, in the loop.
+  void close_socket(UniqueFd socket, std::function<void()> closed);
+
   // The daemon stops. Unless it purges, what sessions hold stays for the next one, as after a crash; nothing
   // keeps the loop running any more.
   void begin_to_stop() noexcept;
@@ -130,6 +135,7 @@ class Core {
   void look_after_arrays();
 
   asio::io_context& io;
+  PeerLog log;  // of what peers do
   const Config& config;
   const ShmEnv& env;
   Store store;
@@ -138,6 +144,7 @@ class Core {
   WaitList waits;
   std::map<SessionId, std::shared_ptr<Session>> sessions;
   std::set<Channel*> connections;  // all, those without a session too
+  std::optional<Closer> closer;    // where peers can pass descriptors; set by the server
   Time started;
   std::function<void()> stop;  // ends the daemon; set by the server
   bool purges;                 // when it ends: all arrays go

@@ -51,10 +51,12 @@ void FdStore::keep(std::uint64_t id, int fd) {
   if (!is_on_ || known_.erase(id) > 0) return;
   UniqueFd copy(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
   if (!copy) {
-    spdlog::warn("{} is not kept by the service manager: {}", segment_name(instance_, id),
-                 std::generic_category().message(errno));
+    if (!std::exchange(has_run_out_, true))
+      spdlog::warn("{}, and maybe others after it, is not kept by the service manager: {}",
+                   segment_name(instance_, id), std::generic_category().message(errno));
     return;
   }
+  has_run_out_ = false;
   if (!stored_.insert(id).second) changes_.push_back({id, UniqueFd()});
   changes_.push_back({id, std::move(copy)});
 }

@@ -54,6 +54,7 @@ class FdStore {
   std::set<std::uint64_t> known_;   // note_kept(), and not asked for yet
   std::set<std::uint64_t> stored_;  // once all changes are made
   std::vector<Change> changes_;
+  bool has_run_out_ = false;                     // of descriptors; said once, until there are some again
   mutable std::atomic<bool> has_failed_{false};  // once is enough to say so
 };
 

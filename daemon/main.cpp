@@ -8,13 +8,13 @@
 
 #include <boost/asio/io_context.hpp>
 #include <fmt/format.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <systemd/sd-daemon.h>
 
 #include "daemon/config.hpp"
 #include "daemon/core.hpp"
 #include "daemon/descriptors.hpp"
+#include "daemon/log.hpp"
 #include "daemon/recovery.hpp"
 #include "daemon/server.hpp"
 #include "proto/fd_socket.hpp"
@@ -28,13 +28,6 @@ namespace cowmgr {
 namespace {
 
 constexpr double kDefaultShare = 0.8;  // of what there is: others use it too
-
-void set_up_log(const Config& config) {
-  auto logger = spdlog::stderr_color_mt("cowmgr");
-  spdlog::set_default_logger(logger);
-  spdlog::set_level(spdlog::level::from_str(config.log_level));
-  spdlog::set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %^%l%$ %v");
-}
 
 // A lease that breaks is read from a signalfd, which needs the signal blocked, in every thread to come.
 void block_lease_signal() {
@@ -186,12 +179,12 @@ int main(int argc, char** argv) {
   cowmgr::occupy_standard_streams();
   cowmgr::Config config;
   if (const auto rc = cowmgr::parse_config(argc, argv, config)) return *rc;
-  cowmgr::set_up_log(config);
-  config.quota = cowmgr::limits_within(cowmgr::claim_descriptors(), config.quota);
   cowmgr::block_lease_signal();
   std::signal(SIGIO, SIG_IGN);  // what the kernel sends for a broken lease when its queue of signals is full
   std::signal(SIGXFSZ, SIG_IGN);  // a segment, or the log, that a limit of file sizes forbids is an error
   std::signal(SIGPIPE, SIG_IGN);  // whoever read the log, or started an embedded daemon, may be gone
+  config.quota = cowmgr::limits_within(cowmgr::claim_descriptors(), config.quota);
+  const cowmgr::Log log({.level = config.log_level});
   const auto ok = cowmgr::serve_until_stopped(config);
   // An embedded daemon's directory is its own; it goes once the lock file in it has gone.
   std::error_code ignored;

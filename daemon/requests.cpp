@@ -134,7 +134,9 @@ void claim_writing(Call& call, const flatbuffers::Vector<Offset<wire::Writing>>&
       const auto request = create_request_of(*writing->make(), order_of(writing->make()->order()));
       if (!request) continue;
       if (const auto claimed = store.claim(session, id, *request, Core::now()); !claimed)
-        spdlog::debug("array #{} is not written on: {}", id, claimed.error().message);
+        call.core.log.debug(call.session->peer().uid, [&] {
+          return fmt::format("array #{} is not written on: {}", id, claimed.error().message);
+        });
     }
     if (store.is_writing(session, id)) call.session->held().writing.insert(id);
   }
@@ -179,6 +181,15 @@ Reply names_reply(Call& call, const std::vector<std::string>& names, std::uint64
   return reply_of(wire::CreateNamesDirect(call.builder, &texts, names.size(), freed_bytes));
 }
 
+void log_change(const Call& call, const std::vector<std::string>& names, std::string_view what) {
+  const Peer& peer = call.session->peer();
+  for (const auto& name : names) {
+    call.core.log.info(peer.uid, [&] {
+      return fmt::format("array {} {} by process {} of user {}", printable(name), what, peer.pid, peer.uid);
+    });
+  }
+}
+
 Answer evict(Call& call, const wire::Evict& table) {
   const SessionId session = call.session->id();
   const auto patterns = strings_of(table.patterns());
@@ -190,8 +201,7 @@ Answer evict(Call& call, const wire::Evict& table) {
   auto evicted = table.lru_bytes() > 0 ? call.core.store.evict_lru(session, table.lru_bytes())
                                        : call.core.store.evict(session, patterns, asked);
   if (!evicted) co_return error_of(std::move(evicted));
-  for (const auto& name : evicted->names)
-    spdlog::info("array {} evicted by process {}", printable(name), call.session->peer().pid);
+  log_change(call, evicted->names, "evicted");
   // So that what is free after the answer is free.
   const std::uint64_t held_bytes = co_await call.core.settle_and_reclaim();
   co_return names_reply(call, evicted->names,
@@ -202,6 +212,7 @@ Answer pin(Call& call, const wire::Pin& table) {
   const auto patterns = strings_of(table.patterns());
   const auto names = call.core.store.pin(call.session->id(), patterns, table.pinned());
   if (!names) co_return error_of(names);
+  log_change(call, *names, table.pinned() ? "pinned" : "unpinned");
   co_return names_reply(call, *names, 0);
 }
 
@@ -337,8 +348,11 @@ asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call, const CreateR
 
 Reply created_reply(Call& call, const ArrayRecord& record) {
   call.fds = {record.segment.writer.get(), record.segment.reader.get()};
-  spdlog::debug("array {} (#{}) is being written by process {}", printable(record.name), record.id,
-                call.session->peer().pid);
+  const Peer& peer = call.session->peer();
+  call.core.log.debug(peer.uid, [&] {
+    return fmt::format("array {} (#{}) is being written by process {}", printable(record.name), record.id,
+                       peer.pid);
+  });
   return reply_of(wire::CreateCreated(call.builder, pack_array(call, record)));
 }
 
@@ -365,8 +379,11 @@ asio::awaitable<Result<void>> seal(Call& call, SessionId writer, ArrayId id, boo
   }
   // Without a view it may have gone at once: a newer version of the name was sealed before.
   if (const ArrayRecord* record = core.store.find(id)) {
-    spdlog::info("array {} version {} (#{}, {}) sealed by process {}", printable(record->name),
-                 record->version, id, format_size(record->data_bytes), call.session->peer().pid);
+    const Peer& peer = call.session->peer();
+    core.log.info(peer.uid, [&] {
+      return fmt::format("array {} version {} (#{}, {}) sealed by process {}", printable(record->name),
+                         record->version, id, format_size(record->data_bytes), peer.pid);
+    });
   }
   co_return Result<void>();
 }

@@ -298,8 +298,11 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
   const ResultSetRecord& set = **made;
   call.core.waits.wake({Topic::array_name, 0, set.name});
   if (!set.terms.queue.empty()) call.core.waits.wake({Topic::queue, 0, set.terms.queue});
-  spdlog::info("result set {} (#{}, {} slots, {}) made by process {}", printable(set.name), set.id,
-               set.table.size(), terms.is_ragged ? "ragged" : format_size(set.data_bytes), set.owner_pid);
+  call.core.log.info(call.session->peer().uid, [&] {
+    return fmt::format("result set {} (#{}, {} slots, {}) made by process {}", printable(set.name), set.id,
+                       set.table.size(), terms.is_ragged ? "ragged" : format_size(set.data_bytes),
+                       set.owner_pid);
+  });
   co_return opened_reply(call, set);
 }
 
@@ -448,8 +451,6 @@ Answer fail_slot(Call& call, const wire::FailSlot& table) {
   const std::string reason = is_utf8(message) ? std::string(message) : printable(message);
   const auto set = co_await with_value_room(call, table.set(), reason.size());
   if (!set) co_return error_of(set);
-  spdlog::warn("slot {} of result set {} failed in process {}: {}", table.slot(), printable((*set)->name),
-               call.session->peer().pid, printable(reason));
   if (auto ok = (*set)->table.check_holder(call.session->id(), table.slot(), table.attempt()); !ok) {
     if (call.is_again) co_return done(call);  // an earlier daemon did it
     co_return error_of(std::move(ok));
@@ -458,6 +459,11 @@ Answer fail_slot(Call& call, const wire::FailSlot& table) {
           call.core.results.fail(call.session->id(), **set, table.slot(), reason, table.final(), Core::now());
       !ok)
     co_return error_of(std::move(ok));
+  const Peer& peer = call.session->peer();
+  call.core.log.warn(peer.uid, [&] {
+    return fmt::format("slot {} of result set {} failed in process {}: {}", table.slot(),
+                       printable((*set)->name), peer.pid, printable(reason));
+  });
   if (!table.mapped()) call.core.results.unmapped(call.session->id(), table.set());
   call.core.settle();
   co_return done(call);
@@ -523,8 +529,10 @@ Answer cancel_results(Call& call, const wire::CancelResults& table) {
   const std::string name = (*set)->name;
   if (auto ok = call.core.results.cancel(call.session->id(), **set, table.forget()); !ok)
     co_return error_of(std::move(ok));
-  spdlog::info("result set {} (#{}) cancelled by process {}", printable(name), table.set(),
-               call.session->peer().pid);
+  const Peer& peer = call.session->peer();
+  call.core.log.info(peer.uid, [&] {
+    return fmt::format("result set {} (#{}) cancelled by process {}", printable(name), table.set(), peer.pid);
+  });
   co_await call.core.settle_and_reclaim();
   co_return done(call);
 }

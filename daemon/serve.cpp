@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::size_t kMaxCommandBytes = 128;  // of what a client calls itself
 constexpr std::size_t kMaxChannels = 256;      // of one session
+constexpr std::size_t kMaxLoggedBytes = 1024;  // of why a request was refused, which may name long dtypes
 
 // A connection: its channel, and the buffers that its requests and replies use again and again.
 struct Connection {
@@ -28,11 +29,14 @@ struct Connection {
 };
 
 // The request in the frame that was received, or null when the connection is to be closed.
-const wire::Request* request_of(const Connection& connection) {
+const wire::Request* request_of(const Connection& connection, const Peer& peer) {
   const auto* request = verified_root<wire::Request>(connection.frame);
   // The verifier accepts a union whose type is set and whose table is absent.
   if (request != nullptr && request->body() != nullptr) return request;
-  spdlog::debug("a connection is closed: malformed frame of {} bytes", connection.frame.size());
+  connection.core.log.debug(peer.uid, [&] {
+    return fmt::format("a connection of process {} is closed: malformed frame of {} bytes", peer.pid,
+                       connection.frame.size());
+  });
   return nullptr;
 }
 
@@ -75,7 +79,9 @@ std::shared_ptr<Session> open_session(Core& core, const Peer& peer, std::string_
   auto session = std::make_shared<Session>(core, id, peer, check_name(shown) ? std::string(shown) : "?");
   core.sessions.emplace(id, session);
   if (pidfd) asio::co_spawn(core.io, session->watch_process(std::move(pidfd)), asio::detached);
-  spdlog::debug("session {} of process {} ({}) begins", id, peer.pid, session->command());
+  core.log.debug(peer.uid, [&] {
+    return fmt::format("session {} of process {} ({}) begins", id, peer.pid, session->command());
+  });
   return session;
 }
 
@@ -95,7 +101,8 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
   // A session of an earlier daemon: its number says whose it was, and the kernel who asks.
   const bool is_own = is_session_id(hello->join()) && peer.pid > 0 && pid_of(hello->join()) == peer.pid;
   const SessionId id = is_own ? hello->join() : new_session_id(core, peer.pid);
-  if (is_own && core.has_come_back(id)) spdlog::debug("process {} came back to its session", peer.pid);
+  if (is_own && core.has_come_back(id))
+    core.log.debug(peer.uid, [&] { return fmt::format("process {} came back to its session", peer.pid); });
   auto session = open_session(core, peer, view_of(hello->command()), std::move(pidfd), id);
   core.store.set_layout(id, hello->layout());
   return session;
@@ -119,12 +126,30 @@ Error take_views_back(const Call& call) {
           "try again, or raise the daemon's limit of open files"};
 }
 
+// Whether somebody was denied what there is: what whoever runs the daemon is asked about. The rest, as a name
+// that is not there, is part of ordinary work.
+constexpr bool is_denial(Errc code) noexcept {
+  return code == Errc::out_of_memory || code == Errc::quota_exceeded || code == Errc::pinned ||
+         code == Errc::permission_denied;
+}
+
+// The one place where a refusal is logged: every reply passes here.
+void log_refusal(const Call& call, const wire::Request& request, const Error& error) {
+  const Peer& peer = call.session->peer();
+  const auto level = is_denial(error.code) ? spdlog::level::info : spdlog::level::debug;
+  call.core.log.write(level, peer.uid, [&] {
+    return fmt::format("{} of process {} of user {} is refused ({}): {}",
+                       wire::EnumNameRequestBody(request.body_type()), peer.pid, peer.uid,
+                       to_string(error.code), std::string_view(error.message).substr(0, kMaxLoggedBytes));
+  });
+}
+
 // Answers requests until the connection or the session ends.
 asio::awaitable<void> answer_all(Connection& connection) {
   const std::shared_ptr<Session>& session = connection.session;
   using Sent = Channel::Sent;
   while (co_await connection.channel.receive(connection.frame)) {
-    const auto* request = request_of(connection);
+    const auto* request = request_of(connection, session->peer());
     // The process may have ended while its last frames still lay in the socket: what it held is gone.
     if (request == nullptr || session->gone()) co_return;
     connection.builder.Clear();
@@ -132,7 +157,10 @@ asio::awaitable<void> answer_all(Connection& connection) {
     const auto reply = co_await answer(call, *request);
     if (session->gone() || call.peer_is_gone) co_return;
     if (reply && reply->type == wire::ReplyBody::NONE) continue;
-    if (!reply) call.fds.clear();
+    if (!reply) {
+      call.fds.clear();
+      log_refusal(call, *request, reply.error());
+    }
     auto frame = reply ? frame_of(connection.builder, *reply) : frame_of(connection.builder, reply.error());
     auto sent = connection.channel.try_send(frame, call.fds);
     if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, call.fds);
@@ -154,11 +182,13 @@ asio::awaitable<void> answer_all(Connection& connection) {
 
 asio::awaitable<void> converse(Connection& connection, const Peer& peer, UniqueFd pidfd) {
   if (!co_await connection.channel.receive(connection.frame)) co_return;
-  const auto* request = request_of(connection);
+  const auto* request = request_of(connection, peer);
   if (request == nullptr) co_return;
   auto session = greet(connection.core, peer, *request, std::move(pidfd));
   if (!session) {
-    spdlog::info("process {} of user {} is refused: {}", peer.pid, peer.uid, session.error().message);
+    connection.core.log.info(peer.uid, [&] {
+      return fmt::format("process {} of user {} is refused: {}", peer.pid, peer.uid, session.error().message);
+    });
     (void)connection.channel.try_send(frame_of(connection.builder, session.error()), {});
     co_return;
   }
@@ -179,17 +209,21 @@ void refuse(int socket, const Error& error) {
 }
 
 asio::awaitable<void> serve(Core& core, UniqueFd socket, Peer peer, UniqueFd pidfd) {
-  Connection connection{core, Channel(core, std::move(socket))};
+  Connection connection{core, Channel(core, std::move(socket), peer.uid)};
   core.connections.insert(&connection.channel);
   try {
     co_await converse(connection, peer, std::move(pidfd));
   } catch (const std::exception& error) {
     // Nothing here throws but for want of memory; then this connection ends, and the others go on.
-    spdlog::error("the connection of process {} is closed: {}", peer.pid, error.what());
+    core.log.warn(peer.uid, [&] {
+      return fmt::format("the connection of process {} is closed: {}", peer.pid, error.what());
+    });
   }
   if (connection.session) connection.session->remove(connection.channel);
   core.connections.erase(&connection.channel);
-  core.store.quota().release_session(peer.uid);
+  // A connection counts as its user's until its socket is closed.
+  core.close_socket(connection.channel.take_socket(),
+                    [&core, uid = peer.uid] { core.store.quota().release_session(uid); });
 }
 
 }  // namespace cowmgr

@@ -8,14 +8,17 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <utility>
 
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/detached.hpp>
+#include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
 #include "daemon/channel.hpp"
 #include "daemon/serve.hpp"
 #include "daemon/session.hpp"
+#include "proto/fd_socket.hpp"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77  // Linux 6.5
@@ -111,6 +114,7 @@ Server::Server(asio::io_context& io, Core& core, UniqueFd listener, UniqueFd nam
     signals_.add(SIGHUP);  // the terminal was closed
   }
   if (names) names_.assign(names.release());
+  if (takes_descriptors(listener_.native_handle())) core_.closer.emplace();
   core_.stop = [this] { stop(); };
 }
 
@@ -127,28 +131,34 @@ asio::awaitable<void> Server::accept_peers() {
   for (;;) {
     const auto [error] = co_await listener_.async_wait(asio::posix::stream_descriptor::wait_read, kAwait);
     if (error) co_return;
-    errno = 0;
-    accept_one();
-    if (errno != EMFILE && errno != ENFILE && errno != ENOBUFS && errno != ENOMEM) continue;
-    spdlog::error("a connection cannot be accepted: {}; raise the limit of open files",
-                  std::generic_category().message(errno));
+    const int number = accept_one();
+    const bool was_short = std::exchange(
+        is_short_, number == EMFILE || number == ENFILE || number == ENOBUFS || number == ENOMEM);
+    if (!is_short_) continue;
+    if (!was_short)  // once is enough to say so
+      spdlog::error("connections cannot be accepted: {}; raise the limit of open files",
+                    std::generic_category().message(number));
     pause_.expires_after(kAcceptPause);
     co_await pause_.async_wait(kAwait);
   }
 }
 
-void Server::accept_one() {
+// Returns 0, or why there was nothing to accept (errno).
+int Server::accept_one() {
   UniqueFd socket(::accept4(listener_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-  if (!socket) return;
+  if (!socket) return errno;
   Peer peer = peer_of(socket.get());
   if (const auto ok = core_.store.quota().charge_session(peer.uid); !ok) {
-    spdlog::warn("process {} is refused: {}", peer.pid, ok.error().message);
+    core_.log.warn(peer.uid, [&] {
+      return fmt::format("process {} of user {} is refused: {}", peer.pid, peer.uid, ok.error().message);
+    });
     refuse(socket.get(), ok.error());
-    return;
+    core_.close_socket(std::move(socket), [] {});
+    return 0;
   }
   auto pidfd = pidfd_of(socket.get(), peer.pid);
   asio::co_spawn(io_, serve(core_, std::move(socket), std::move(peer), std::move(pidfd)), asio::detached);
-  errno = 0;
+  return 0;
 }
 
 asio::awaitable<void> Server::watch_signals() {
@@ -187,10 +197,17 @@ asio::awaitable<void> Server::watch_parent() {
   stop();
 }
 
+// Connections that nobody has accepted go with it, and what their peers have passed.
+void Server::close_listener() {
+  UniqueFd listener(listener_.release());
+  ::shutdown(listener.get(), SHUT_RDWR);  // connect(2) is refused from now on
+  if (core_.closer) core_.closer->close(std::move(listener), {});
+}
+
 void Server::stop() {
   if (std::exchange(is_stopping_, true)) return;
   boost::system::error_code ignored;
-  listener_.close(ignored);
+  close_listener();
   leases_.close(ignored);
   names_.close(ignored);
   parent_.close(ignored);

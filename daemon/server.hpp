@@ -25,11 +25,12 @@ class Server {
 
  private:
   [[nodiscard]] asio::awaitable<void> accept_peers();
-  void accept_one();
+  [[nodiscard]] int accept_one();
   [[nodiscard]] asio::awaitable<void> watch_signals();
   [[nodiscard]] asio::awaitable<void> watch_leases();
   [[nodiscard]] asio::awaitable<void> watch_names();
   [[nodiscard]] asio::awaitable<void> watch_parent();
+  void close_listener();
   void stop();
 
   asio::io_context& io_;
@@ -40,6 +41,7 @@ class Server {
   asio::posix::stream_descriptor parent_;
   asio::signal_set signals_;
   asio::steady_timer pause_;
+  bool is_short_ = false;  // of what a connection takes
   bool is_stopping_ = false;
 };
 

@@ -1,7 +1,7 @@
 #include "daemon/session.hpp"
 
 #include <boost/asio/as_tuple.hpp>
-#include <spdlog/spdlog.h>
+#include <fmt/format.h>
 
 namespace cowmgr {
 
@@ -17,7 +17,9 @@ Session::Session(Core& core, SessionId id, Peer peer, std::string command)
 
 void Session::close() {
   if (gone_.exchange(true)) return;
-  spdlog::debug("session {} of process {} ({}) ended", id_, peer_.pid, command_);
+  core_.log.debug(peer_.uid, [&] {
+    return fmt::format("session {} of process {} ({}) ended", id_, peer_.pid, command_);
+  });
   for (Channel* channel : channels_) channel->shutdown();
   const std::string end = end_of(peer_.pid, pidfd_.is_open() ? pidfd_.native_handle() : -1);
   boost::system::error_code ignored;

@@ -1,6 +1,5 @@
 // Frames that are no frames: each ends its own connection, and nothing else.
 #include <algorithm>
-#include <filesystem>
 #include <optional>
 #include <random>
 #include <string>
@@ -20,12 +19,12 @@ using Bytes = std::vector<std::byte>;
 class Garbage : public DaemonTest {
  protected:
   // Sends `bytes` as the first frame, and as one in the middle of a session; both times the daemon hangs up.
-  void expect_hang_up(const Bytes& bytes, std::size_t fd_count = 0) {
+  void expect_hang_up(const Bytes& bytes) {
     RawPeer stranger(socket());
-    EXPECT_TRUE(stranger.send(bytes, fd_count));
+    EXPECT_TRUE(stranger.send(bytes));
     EXPECT_TRUE(stranger.is_hung_up());
     RawPeer peer = RawPeer::greeted(socket());
-    EXPECT_TRUE(peer.send(bytes, fd_count));
+    EXPECT_TRUE(peer.send(bytes));
     EXPECT_TRUE(peer.is_hung_up());
   }
   void TearDown() override {
@@ -129,25 +128,6 @@ TEST_F(Garbage, OfTooManyBytes) {
   long_one.resize(kMaxFrameBytes + 1);
   expect_hang_up(long_one);
   expect_hang_up(Bytes(160'000, std::byte{0x55}));
-}
-
-TEST_F(Garbage, OfBytesAndDescriptors) {
-  expect_hang_up(Bytes(10, std::byte{1}), 1);
-  expect_hang_up(Bytes(10, std::byte{1}), 250);
-}
-
-// No request has descriptors: those that come are closed, and the request is answered.
-TEST_F(Garbage, OfDescriptorsIsThrownAway) {
-  RawPeer peer = RawPeer::greeted(socket());
-  for (int i = 0; i < 50; ++i) {
-    const std::size_t descriptors = i % 2 == 0 ? 60 : 250;  // fewer and more than a reply may have
-    ASSERT_TRUE(peer.send(frame([](Builder& b) { return wire::CreatePing(b); }), descriptors));
-    const auto* reply = peer.receive();
-    ASSERT_NE(reply, nullptr);
-    EXPECT_NE(reply->body_as_Pong(), nullptr);
-  }
-  const auto fds = std::filesystem::directory_iterator("/proc/" + std::to_string(daemon_->pid()) + "/fd");
-  EXPECT_LT(std::distance(begin(fds), end(fds)), 60);
 }
 
 TEST_F(Garbage, OfTextWithinAFrame) {

@@ -22,6 +22,7 @@
 #include <fcntl.h>
 #include <string>
 #include <string_view>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
@@ -56,6 +57,10 @@ ssize_t real_pread(int, void*, std::size_t, off_t) __asm__("__real_pread");
 ssize_t wrap_pread(int, void*, std::size_t, off_t) __asm__("__wrap_pread");
 ssize_t real_pwrite(int, const void*, std::size_t, off_t) __asm__("__real_pwrite");
 ssize_t wrap_pwrite(int, const void*, std::size_t, off_t) __asm__("__wrap_pwrite");
+int real_getsockopt(int, int, int, void*, socklen_t*) __asm__("__real_getsockopt");
+int wrap_getsockopt(int, int, int, void*, socklen_t*) __asm__("__wrap_getsockopt");
+int real_setsockopt(int, int, int, const void*, socklen_t) __asm__("__real_setsockopt");
+int wrap_setsockopt(int, int, int, const void*, socklen_t) __asm__("__wrap_setsockopt");
 }
 
 namespace {
@@ -153,6 +158,13 @@ const char* name_of_advice(int advice) noexcept {
   }
 }
 
+// Whether the kernel is to be one that does not know that option: SO_PASSRIGHTS, Linux 6.16.
+bool is_unknown(int level, int option) noexcept {
+  constexpr int kPassRights = 83;
+  return level == SOL_SOCKET && option == kPassRights &&
+         std::getenv(cowmgr::test::kPassesRightsVariable) != nullptr;
+}
+
 // The function of that name that would be called if it were not here.
 template <class Function>
 Function* next(const char* name) noexcept {
@@ -223,6 +235,18 @@ ssize_t wrap_pread(int fd, void* bytes, std::size_t count, off_t offset) {
 
 ssize_t wrap_pwrite(int fd, const void* bytes, std::size_t count, off_t offset) {
   return is_segment(fd) && breaks("pwrite") ? -1 : real_pwrite(fd, bytes, count, offset);
+}
+
+int wrap_getsockopt(int socket, int level, int option, void* value, socklen_t* bytes) {
+  if (!is_unknown(level, option)) return real_getsockopt(socket, level, option, value, bytes);
+  errno = ENOPROTOOPT;
+  return -1;
+}
+
+int wrap_setsockopt(int socket, int level, int option, const void* value, socklen_t bytes) {
+  if (!is_unknown(level, option)) return real_setsockopt(socket, level, option, value, bytes);
+  errno = ENOPROTOOPT;
+  return -1;
 }
 
 DIR* fdopendir(int fd) {

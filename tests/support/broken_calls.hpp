@@ -24,6 +24,10 @@ namespace cowmgr::test {
 // The number of the descriptor that holds the page; without it no call fails.
 inline constexpr const char* kBreakVariable = "COWMGR_BREAK_FD";
 
+// With this the daemon runs as on a kernel that lets nobody refuse descriptors (Linux before 6.16), which is
+// no fault of any call.
+inline constexpr const char* kPassesRightsVariable = "COWMGR_PASSES_RIGHTS";
+
 // Written by one side while the other one waits for it, but for the counter.
 struct BreakPage {
   std::atomic<std::uint64_t> calls;        // since the test set it to 0

@@ -3,7 +3,6 @@
 
 #include <chrono>
 #include <cstddef>
-#include <cstring>
 #include <memory>
 #include <span>
 #include <string>
@@ -55,24 +54,9 @@ class RawPeer {
     return peer;
   }
 
-  // Sends one record, with `fd_count` descriptors. False when the connection is closed.
-  bool send(std::span<const std::byte> bytes, std::size_t fd_count = 0) {
-    const std::vector<int> fds(fd_count, socket_.get());
-    std::vector<char> control(CMSG_SPACE(fd_count * sizeof(int)));
-    iovec part{const_cast<std::byte*>(bytes.data()), bytes.size()};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    if (fd_count > 0) {
-      message.msg_control = control.data();
-      message.msg_controllen = control.size();
-      cmsghdr* header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(fd_count * sizeof(int));
-      std::memcpy(CMSG_DATA(header), fds.data(), fd_count * sizeof(int));
-    }
-    return ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL) >= 0;
+  // Sends one record. False when the connection is closed.
+  bool send(std::span<const std::byte> bytes) {
+    return ::send(socket_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL) >= 0;
   }
 
   // Sends a well-formed request, without waiting for the answer.
