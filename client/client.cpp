@@ -10,6 +10,7 @@
 
 #include "client/connection.hpp"
 #include "client/handles.hpp"
+#include "proto/glob.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr {
@@ -39,7 +40,31 @@ Result<void> check(std::string_view name, const ArraySpec& spec) {
 }
 
 EvictReport report_of(const wire::Names& names) {
-  return {detail::strings_of(names.names()), names.freed_bytes()};
+  return {detail::strings_of(names.names()), names.freed_bytes(), detail::strings_of(names.pinned())};
+}
+
+// Names, or patterns. A daemon that knows patterns alone gets the names as such.
+struct WireTexts {
+  Offset<flatbuffers::Vector<Offset<flatbuffers::String>>> patterns;
+  Offset<flatbuffers::Vector<Offset<flatbuffers::String>>> names{};
+};
+
+WireTexts pack_texts(Builder& builder, std::span<const std::string> texts, bool are_patterns) {
+  if (are_patterns) return {builder.CreateVectorOfStrings(texts.begin(), texts.end())};
+  std::vector<std::string> patterns;
+  for (const auto& text : texts) patterns.push_back(literal_pattern(text));
+  return {builder.CreateVectorOfStrings(patterns), builder.CreateVectorOfStrings(texts.begin(), texts.end())};
+}
+
+// The same of a listing, where an empty pattern matches all.
+struct WireText {
+  Offset<flatbuffers::String> pattern;
+  Offset<flatbuffers::String> name{};
+};
+
+WireText pack_text(Builder& builder, std::string_view text, bool is_pattern) {
+  if (is_pattern) return {builder.CreateString(text.data(), text.size())};
+  return {builder.CreateString(literal_pattern(text)), builder.CreateString(text.data(), text.size())};
 }
 
 std::int64_t now_us() {
@@ -150,10 +175,23 @@ Result<Array> Client::attach_id(std::uint64_t id, View view) const {
   return Array(std::move(arrays->front()));
 }
 
-Result<EvictReport> Client::evict(std::span<const std::string> patterns) const {
+Result<EvictReport> Client::evict(std::span<const std::string> names) const {
+  return evict(names, false);
+}
+
+Result<EvictReport> Client::evict_matching(std::span<const std::string> patterns) const {
+  return evict(patterns, true);
+}
+
+Result<EvictReport> Client::evict_matching(std::string_view pattern) const {
+  return evict(std::vector<std::string>{std::string(pattern)}, true);
+}
+
+Result<EvictReport> Client::evict(std::span<const std::string> texts, bool are_patterns) const {
   const std::int64_t asked_us = now_us();
   const auto reply = connection_->call<wire::Names>([&](Builder& b) {
-    return wire::CreateEvict(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()), 0, asked_us);
+    const auto packed = pack_texts(b, texts, are_patterns);
+    return wire::CreateEvict(b, packed.patterns, 0, asked_us, packed.names, are_patterns);
   });
   if (!reply) return error_of(reply);
   return report_of(**reply);
@@ -167,9 +205,24 @@ Result<EvictReport> Client::evict_lru(std::uint64_t size_bytes) const {
   return report_of(**reply);
 }
 
-Result<std::vector<std::string>> Client::pin(std::span<const std::string> patterns, bool pinned) const {
+Result<std::vector<std::string>> Client::pin(std::span<const std::string> names, bool pinned) const {
+  return pin(names, false, pinned);
+}
+
+Result<std::vector<std::string>> Client::pin_matching(std::span<const std::string> patterns,
+                                                      bool pinned) const {
+  return pin(patterns, true, pinned);
+}
+
+Result<std::vector<std::string>> Client::pin_matching(std::string_view pattern, bool pinned) const {
+  return pin(std::vector<std::string>{std::string(pattern)}, true, pinned);
+}
+
+Result<std::vector<std::string>> Client::pin(std::span<const std::string> texts, bool are_patterns,
+                                             bool pinned) const {
   const auto reply = connection_->call<wire::Names>([&](Builder& b) {
-    return wire::CreatePin(b, b.CreateVectorOfStrings(patterns.begin(), patterns.end()), pinned);
+    const auto packed = pack_texts(b, texts, are_patterns);
+    return wire::CreatePin(b, packed.patterns, pinned, packed.names, are_patterns);
   });
   if (!reply) return error_of(reply);
   return detail::strings_of((*reply)->names());
@@ -190,11 +243,24 @@ Result<ArrayDetails> Client::stat(std::string_view name) const {
   return details;
 }
 
-Result<std::vector<ArrayInfo>> Client::list(std::string_view pattern) const {
+Result<std::vector<ArrayInfo>> Client::list() const {
+  return list("*", true);
+}
+
+Result<std::vector<ArrayInfo>> Client::list(std::string_view name) const {
+  return list(name, false);
+}
+
+Result<std::vector<ArrayInfo>> Client::list_matching(std::string_view pattern) const {
+  return list(pattern, true);
+}
+
+Result<std::vector<ArrayInfo>> Client::list(std::string_view text, bool is_pattern) const {
   std::vector<ArrayInfo> arrays;
   const auto ask = [&](std::uint64_t after) {
     return connection_->call<wire::Arrays>([&](Builder& b) {
-      return wire::CreateListArrays(b, b.CreateString(pattern.data(), pattern.size()), after);
+      const auto packed = pack_text(b, text, is_pattern);
+      return wire::CreateListArrays(b, packed.pattern, after, 0, packed.name);
     });
   };
   auto ok = all_pages(ask, [&](const wire::Arrays& page) -> Result<void> {
@@ -327,11 +393,24 @@ Result<ResultSet> Client::open_queued(std::string_view queue, Milliseconds wait)
   return ResultSet(*std::move(set));
 }
 
-Result<std::vector<ResultsInfo>> Client::list_results(std::string_view pattern) const {
+Result<std::vector<ResultsInfo>> Client::list_results() const {
+  return list_results("*", true);
+}
+
+Result<std::vector<ResultsInfo>> Client::list_results(std::string_view name) const {
+  return list_results(name, false);
+}
+
+Result<std::vector<ResultsInfo>> Client::list_results_matching(std::string_view pattern) const {
+  return list_results(pattern, true);
+}
+
+Result<std::vector<ResultsInfo>> Client::list_results(std::string_view text, bool is_pattern) const {
   std::vector<ResultsInfo> sets;
   const auto ask = [&](std::uint64_t after) {
     return connection_->call<wire::Results>([&](Builder& b) {
-      return wire::CreateListResults(b, b.CreateString(pattern.data(), pattern.size()), after);
+      const auto packed = pack_text(b, text, is_pattern);
+      return wire::CreateListResults(b, packed.pattern, after, 0, packed.name);
     });
   };
   auto ok = all_pages(ask, [&](const wire::Results& page) -> Result<void> {

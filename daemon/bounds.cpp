@@ -70,8 +70,14 @@ Result<void> check_patterns(const flatbuffers::Vector<Offset<flatbuffers::String
       (patterns == nullptr || std::none_of(patterns->begin(), patterns->end(), is_long)))
     return {};
   return fail(Errc::invalid_argument,
-              fmt::format("name at most {} arrays or globs in one request, of {} bytes each", kMaxPatterns,
+              fmt::format("give at most {} names or patterns in one request, of {} bytes each", kMaxPatterns,
                           kMaxPatternBytes));
+}
+
+template <class Table>
+Result<void> check_names_or_patterns(const Table& table) {
+  if (auto ok = check_patterns(table.names()); !ok) return ok;
+  return check_patterns(table.patterns());
 }
 
 Result<void> check_batch(const flatbuffers::Vector<std::uint64_t>* slots) {
@@ -94,9 +100,9 @@ Result<void> check_bounds(const wire::Request& request) {
     case Body::Attach:
       return check(*request.body_as_Attach());
     case Body::Evict:
-      return check_patterns(request.body_as_Evict()->patterns());
+      return check_names_or_patterns(*request.body_as_Evict());
     case Body::Pin:
-      return check_patterns(request.body_as_Pin()->patterns());
+      return check_names_or_patterns(*request.body_as_Pin());
     case Body::CommitSlots:
       return check_batch(request.body_as_CommitSlots()->slots());
     case Body::GiveBackSlots:

@@ -7,8 +7,9 @@
 // request                       | at most
 // ------------------------------+-----------------------------------------------------------------------------
 // Attach                        | kMaxFrameFds names and ids; all names together as long as a frame
-// Evict, Pin                    | kMaxPatterns, of kMaxPatternBytes each
-// ListArrays, ListResults       | one pattern; what is longer than kMaxPatternBytes matches nothing
+// Evict, Pin                    | kMaxPatterns names or patterns, of kMaxPatternBytes each; kRequestSteps to
+//                               | hold the patterns against all names (selection.hpp)
+// ListArrays, ListResults       | one pattern of kMaxPatternBytes; a page ends after kSliceSteps
 // MakeArray, MakeResults,       | a dtype of kMaxDtypeBytes; kMaxJobBytes of a job
 //   AllocateSlot                |
 // LeaseSlots                    | kMaxBatch slots: fewer are given to who asks for more
@@ -24,11 +25,12 @@
 
 #include "proto/errors.hpp"
 #include "proto/frames.hpp"
+#include "proto/glob.hpp"
 
 namespace cowmgr {
 
-inline constexpr std::size_t kMaxPatterns = 64;       // each may be held against every name, in the loop
-inline constexpr std::size_t kMaxPatternBytes = 512;  // a name has 255, twice that with a backslash each
+inline constexpr std::size_t kMaxPatterns = 64;  // each may be held against every name, in the loop
+inline constexpr std::size_t kMaxPatternBytes = kMaxGlobBytes;
 // As long as the header that NumPy reads may be (numpy.lib.format, max_header_size).
 inline constexpr std::size_t kMaxDtypeBytes = 10'000;
 

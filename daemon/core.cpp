@@ -344,7 +344,7 @@ asio::awaitable<void> Core::report_tampering(int lease_fd) {
 void Core::report_removals(const ShmEnv::Removals& removals) {
   std::vector<ArrayId> ids = removals.ids;
   if (removals.all) {
-    for (const ArrayRecord* record : store.list(kHouse, "*", 0, store.size())) ids.push_back(record->id);
+    for (const auto& [id, record] : store.records()) ids.push_back(id);
   }
   for (const ArrayId id : ids) {
     if (!store.note_unlinked(id)) continue;
@@ -409,8 +409,8 @@ asio::awaitable<void> Core::rewrite(ArrayId id) {
 void Core::look_after_arrays() {
   start_rewriting();
   std::vector<ArrayId> checked;
-  for (const ArrayRecord* record : store.list(kHouse, "*", 0, store.size())) {
-    if (record->checksum != 0 && record->state == ArrayRecord::State::sealed) checked.push_back(record->id);
+  for (const auto& [id, record] : store.records()) {
+    if (record.checksum != 0 && record.state == ArrayRecord::State::sealed) checked.push_back(id);
   }
   if (!checked.empty()) asio::co_spawn(io, check_contents(std::move(checked)), asio::detached);
 }

@@ -172,13 +172,49 @@ Answer hold(Call& call, const wire::Hold& table) {
   co_return done(call);
 }
 
-Reply names_reply(Call& call, const std::vector<std::string>& names, std::uint64_t freed_bytes) {
+// As many as there is room for.
+std::vector<Offset<flatbuffers::String>> pack_names(Call& call, const std::vector<std::string>& names,
+                                                    std::size_t room) {
   std::vector<Offset<flatbuffers::String>> texts;
   for (const auto& name : names) {
-    if (call.builder.GetSize() > kPageBytesUsed) break;
+    if (call.builder.GetSize() > room) break;
     texts.push_back(call.builder.CreateString(name));
   }
-  return reply_of(wire::CreateNamesDirect(call.builder, &texts, names.size(), freed_bytes));
+  return texts;
+}
+
+Reply names_reply(Call& call, const Store::Evicted& done) {
+  const auto names = pack_names(call, done.names, kPageBytesUsed);
+  const auto pinned =
+      pack_names(call, done.passed_over, kPageBytesUsed + (kReplyBytesUsed - kPageBytesUsed) / 2);
+  return reply_of(
+      wire::CreateNamesDirect(call.builder, &names, done.names.size(), done.freed_bytes, &pinned));
+}
+
+// What a request to change arrays is about, found. Errors: invalid_argument.
+template <class Table>
+asio::awaitable<Result<Selection>> select(Call& call, const Table& table) {
+  Selection selection;
+  if (table.names() != nullptr) {
+    selection.names = strings_of(table.names());
+  } else if (table.match()) {
+    for (const auto& text : strings_of(table.patterns())) {
+      auto pattern = Glob::parse(text);
+      if (!pattern) co_return error_of(std::move(pattern));
+      selection.patterns.push_back(*std::move(pattern));
+    }
+  } else {
+    auto both = call.core.store.names_or_patterns(strings_of(table.patterns()));
+    if (!both) co_return error_of(std::move(both));
+    selection = *std::move(both);
+  }
+  for (;;) {
+    const auto is_over = call.core.store.search(call.session->id(), selection);
+    if (!is_over) co_return error_of(is_over);
+    if (*is_over) co_return selection;
+    co_await asio::post(call.core.io, asio::use_awaitable);  // it is the others' turn
+    if (call.session->gone()) co_return peer_gone(call);
+  }
 }
 
 void log_change(const Call& call, const std::vector<std::string>& names, std::string_view what) {
@@ -192,28 +228,30 @@ void log_change(const Call& call, const std::vector<std::string>& names, std::st
 
 Answer evict(Call& call, const wire::Evict& table) {
   const SessionId session = call.session->id();
-  const auto patterns = strings_of(table.patterns());
   if (call.is_again && table.lru_bytes() > 0)
     co_return fail(Errc::disconnected,
                    "the daemon went away while it evicted; look how much is free, then ask for the rest");
   std::optional<Time> asked;
   if (call.is_again) asked = time_at(table.asked_us());
+  const auto selection = co_await select(call, table);
+  if (!selection) co_return error_of(selection);
   auto evicted = table.lru_bytes() > 0 ? call.core.store.evict_lru(session, table.lru_bytes())
-                                       : call.core.store.evict(session, patterns, asked);
+                                       : call.core.store.evict(session, *selection, asked);
   if (!evicted) co_return error_of(std::move(evicted));
   log_change(call, evicted->names, "evicted");
   // So that what is free after the answer is free.
   const std::uint64_t held_bytes = co_await call.core.settle_and_reclaim();
-  co_return names_reply(call, evicted->names,
-                        evicted->freed_bytes - std::min(evicted->freed_bytes, held_bytes));
+  evicted->freed_bytes -= std::min(evicted->freed_bytes, held_bytes);
+  co_return names_reply(call, *evicted);
 }
 
 Answer pin(Call& call, const wire::Pin& table) {
-  const auto patterns = strings_of(table.patterns());
-  const auto names = call.core.store.pin(call.session->id(), patterns, table.pinned());
+  const auto selection = co_await select(call, table);
+  if (!selection) co_return error_of(selection);
+  auto names = call.core.store.pin(call.session->id(), *selection, table.pinned());
   if (!names) co_return error_of(names);
   log_change(call, *names, table.pinned() ? "pinned" : "unpinned");
-  co_return names_reply(call, *names, 0);
+  co_return names_reply(call, {.names = *std::move(names)});
 }
 
 // ---- Looking ----
@@ -260,16 +298,17 @@ Answer stat_array(Call& call, const wire::StatArray& table) {
 
 Answer list_arrays(Call& call, const wire::ListArrays& table) {
   const std::size_t limit = page_limit(table.limit());
-  const auto found =
-      call.core.store.list(call.session->id(), pattern_of(table.pattern()), table.after(), limit);
+  const auto filter = filter_of(table.name(), table.pattern());
+  if (!filter) co_return error_of(filter);
+  const auto page = call.core.store.list(call.session->id(), *filter, table.after(), limit);
   std::vector<Offset<wire::ArrayInfo>> arrays;
-  for (const ArrayRecord* record : found) {
+  for (const ArrayRecord* record : page.entries) {
     if (call.builder.GetSize() > kPageBytesUsed) break;
     arrays.push_back(pack_array(call, *record));
   }
-  const bool is_last = arrays.size() == found.size() && found.size() < limit;
-  co_return reply_of(
-      wire::CreateArraysDirect(call.builder, &arrays, is_last ? 0 : found[arrays.size() - 1]->id));
+  const bool is_whole = arrays.size() == page.entries.size();
+  co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays,
+                                              is_whole ? page.next : page.entries[arrays.size() - 1]->id));
 }
 
 Answer list_clients(Call& call, const wire::ListClients& table) {
@@ -392,9 +431,14 @@ std::size_t page_limit(std::uint32_t asked) {
   return asked == 0 ? kPageItems : std::min<std::size_t>(asked, kPageItems);
 }
 
-std::string pattern_of(const flatbuffers::String* pattern) {
-  if (pattern == nullptr || pattern->size() == 0) return "*";
-  return std::string(view_of(pattern).substr(0, kMaxPatternBytes));  // what is longer matches no name anyway
+Result<NameFilter> filter_of(const flatbuffers::String* name, const flatbuffers::String* pattern) {
+  NameFilter filter;
+  if (name != nullptr) filter.name = view_of(name);
+  if (name != nullptr || pattern == nullptr || pattern->size() == 0) return filter;
+  auto parsed = Glob::parse(view_of(pattern));
+  if (!parsed) return error_of(std::move(parsed));
+  filter.pattern = *std::move(parsed);
+  return filter;
 }
 
 Answer answer(Call& call, const wire::Request& request) {

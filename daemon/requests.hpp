@@ -90,7 +90,9 @@ template <class Reserve>
                                                  std::uint64_t checksum = 0);
 
 [[nodiscard]] std::size_t page_limit(std::uint32_t asked);
-[[nodiscard]] std::string pattern_of(const flatbuffers::String* pattern);
+// What a listing is of. Errors: invalid_argument.
+[[nodiscard]] Result<NameFilter> filter_of(const flatbuffers::String* name,
+                                           const flatbuffers::String* pattern);
 
 // Carries out `request`, which has been verified. The frame that it lies in must outlive the coroutine.
 [[nodiscard]] Answer answer(Call& call, const wire::Request& request);

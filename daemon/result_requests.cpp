@@ -539,16 +539,17 @@ Answer cancel_results(Call& call, const wire::CancelResults& table) {
 
 Answer list_results(Call& call, const wire::ListResults& table) {
   const std::size_t limit = page_limit(table.limit());
-  const auto found =
-      call.core.results.list(call.session->id(), pattern_of(table.pattern()), table.after(), limit);
+  const auto filter = filter_of(table.name(), table.pattern());
+  if (!filter) co_return error_of(filter);
+  const auto page = call.core.results.list(call.session->id(), *filter, table.after(), limit);
   std::vector<Offset<wire::ResultsInfo>> sets;
-  for (const ResultSetRecord* set : found) {
+  for (const ResultSetRecord* set : page.entries) {
     if (call.builder.GetSize() > kPageBytesUsed) break;
     sets.push_back(pack(call.builder, *set));
   }
-  const bool is_last = sets.size() == found.size() && found.size() < limit;
-  co_return reply_of(
-      wire::CreateResultsDirect(call.builder, &sets, is_last ? 0 : found[sets.size() - 1]->id));
+  const bool is_whole = sets.size() == page.entries.size();
+  co_return reply_of(wire::CreateResultsDirect(call.builder, &sets,
+                                               is_whole ? page.next : page.entries[sets.size() - 1]->id));
 }
 
 }  // namespace cowmgr

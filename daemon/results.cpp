@@ -1,7 +1,6 @@
 #include "daemon/results.hpp"
 
 #include <algorithm>
-#include <fnmatch.h>
 
 #include <fmt/format.h>
 
@@ -307,15 +306,10 @@ Result<ResultSetRecord*> ResultSets::find_to_work(SessionId session, ArrayId set
   return found;
 }
 
-std::vector<const ResultSetRecord*> ResultSets::list(SessionId session, std::string_view pattern,
-                                                     ArrayId after, std::size_t limit) const {
-  const std::string glob(pattern);
-  std::vector<const ResultSetRecord*> found;
-  for (auto at = sets_.upper_bound(after); at != sets_.end() && found.size() < limit; ++at) {
-    if (may(session, at->second, Right::read) && ::fnmatch(glob.c_str(), at->second.name.c_str(), 0) == 0)
-      found.push_back(&at->second);
-  }
-  return found;
+Page<ResultSetRecord> ResultSets::list(SessionId session, const NameFilter& filter, ArrayId after,
+                                       std::size_t limit) const {
+  const auto may_read = [&](const ResultSetRecord& set) { return may(session, set, Right::read); };
+  return page_of<ResultSetRecord>(sets_, after, limit, filter, may_read);
 }
 
 bool ResultSets::contains(ArrayId array) const {

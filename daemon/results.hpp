@@ -124,8 +124,9 @@ class ResultSets {
   [[nodiscard]] ResultSetRecord* get(ArrayId set);
   // The same, for whoever wants to work on it. Errors: cancelled too.
   [[nodiscard]] Result<ResultSetRecord*> find_to_work(SessionId session, ArrayId set);
-  [[nodiscard]] std::vector<const ResultSetRecord*> list(SessionId session, std::string_view pattern,
-                                                         ArrayId after, std::size_t limit) const;
+  // As Store::list().
+  [[nodiscard]] Page<ResultSetRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
+                                           std::size_t limit) const;
   [[nodiscard]] std::size_t size() const noexcept { return sets_.size(); }
   // Whether the array is a set's: only the set may seal or abort it.
   [[nodiscard]] bool contains(ArrayId array) const;

@@ -1,7 +1,6 @@
 #include "daemon/store.hpp"
 
 #include <algorithm>
-#include <fnmatch.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
@@ -16,10 +15,6 @@ using State = ArrayRecord::State;
 constexpr ArrayId kEndOfIds = ArrayId{1} << 53;  // what is less is exact in a double, for whoever reads JSON
 constexpr int kIdTries = 1000;                   // who has taken so many names in a row has taken all
 constexpr std::uint32_t kMaxViews = UINT32_MAX - 1024;  // of one array; a request adds 64 at most
-
-bool matches(const std::string& pattern, const std::string& name) {
-  return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
-}
 
 TrailerInfo trailer_of(const ArrayRecord& record) {
   return {.name = record.name,
@@ -382,55 +377,37 @@ void Store::drop_views(ArrayRecord& record, std::uint32_t count) {
   if (record.state == State::draining && !record.is_awaited) drop(record.id);
 }
 
-Result<std::vector<ArrayRecord*>> Store::match_to_change(SessionId session,
-                                                         std::span<const std::string> patterns,
-                                                         bool may_be_gone) {
-  std::set<ArrayId> ids;
-  for (const auto& pattern : patterns) {
-    if (const ArrayId current = current_of(pattern); current != 0) {
-      if (!may(session, records_.at(current), Right::write))
-        return not_allowed(records_.at(current), "change");
-      ids.insert(current);
-      continue;
-    }
-    bool is_matched = false;
-    for (const auto& [name, versions] : names_) {
-      const ArrayId id = versions.current;
-      if (id == 0 || !may(session, records_.at(id), Right::write) || !matches(pattern, name)) continue;
-      ids.insert(id);
-      is_matched = true;
-    }
-    if (is_matched || may_be_gone) continue;
-    if (const ArrayRecord* record = being_written(pattern)) {
-      return fail(Errc::busy, fmt::format("array {} is still being written by process {}", printable(pattern),
-                                          record->writer_pid));
-    }
-    return no_such_array(pattern);
-  }
-  std::vector<ArrayRecord*> found;
-  found.reserve(ids.size());
-  for (const ArrayId id : ids) found.push_back(&records_.at(id));
-  return found;
+Result<void> Store::check_change(SessionId session, const ArrayRecord& record) const {
+  if (!may(session, record, Right::write)) return not_allowed(record, "change");
+  return {};
 }
 
-Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::string> patterns,
+tl::unexpected<Error> Store::not_to_be_changed(const std::string& name) const {
+  const ArrayRecord* record = being_written(name);
+  if (record == nullptr) return no_such_array(name);
+  return fail(Errc::busy, fmt::format("array {} is still being written by process {}", printable(name),
+                                      record->writer_pid));
+}
+
+Result<Store::Evicted> Store::evict(SessionId session, const Selection& selection,
                                     std::optional<Time> asked) {
-  auto matched = match_to_change(session, patterns, asked.has_value());
+  auto matched = selected(session, selection, asked.has_value());
   if (!matched) return error_of(std::move(matched));
   if (asked) std::erase_if(*matched, [&](const ArrayRecord* record) { return record->sealed >= *asked; });
   const auto is_named = [&](const ArrayRecord& record) {
-    return std::find(patterns.begin(), patterns.end(), record.name) != patterns.end();
+    return std::ranges::find(selection.names, record.name) != selection.names.end();
   };
-  // A glob passes over what is pinned; a name that was spelled out, or a glob of nothing else, is refused.
+  Evicted out;
   std::vector<ArrayRecord*> victims;
   for (ArrayRecord* record : *matched) {
     if (!record->pinned)
       victims.push_back(record);
     else if (is_named(*record))
       return pinned(*record);
+    else
+      out.passed_over.push_back(record->name);
   }
   if (victims.empty() && !matched->empty()) return pinned(*matched->front());
-  Evicted out;
   for (ArrayRecord* record : victims) {
     out.names.push_back(record->name);
     if (record->views == 0) out.freed_bytes += record->segment_bytes();
@@ -439,9 +416,8 @@ Result<Store::Evicted> Store::evict(SessionId session, std::span<const std::stri
   return out;
 }
 
-Result<std::vector<std::string>> Store::pin(SessionId session, std::span<const std::string> patterns,
-                                            bool pinned) {
-  auto matched = match_to_change(session, patterns);
+Result<std::vector<std::string>> Store::pin(SessionId session, const Selection& selection, bool pinned) {
+  auto matched = selected(session, selection);
   if (!matched) return error_of(std::move(matched));
   std::vector<std::string> names;
   for (ArrayRecord* record : *matched) {
@@ -534,16 +510,6 @@ Result<const ArrayRecord*> Store::find(SessionId session, std::string_view name)
   const Versions& versions = at->second;
   const ArrayRecord* found = &records_.at(versions.current != 0 ? versions.current : *versions.all.begin());
   if (!may(session, *found, Right::read)) return not_allowed(*found, "look at");
-  return found;
-}
-
-std::vector<const ArrayRecord*> Store::list(SessionId session, std::string_view pattern, ArrayId after,
-                                            std::size_t limit) const {
-  std::vector<const ArrayRecord*> found;
-  const std::string glob(pattern);
-  for (auto at = records_.upper_bound(after); at != records_.end() && found.size() < limit; ++at) {
-    if (may(session, at->second, Right::read) && matches(glob, at->second.name)) found.push_back(&at->second);
-  }
   return found;
 }
 

@@ -26,6 +26,7 @@
 
 #include "daemon/peer.hpp"
 #include "daemon/quota.hpp"
+#include "daemon/selection.hpp"
 #include "daemon/shm_env.hpp"
 #include "proto/errors.hpp"
 #include "proto/npy.hpp"
@@ -234,13 +235,24 @@ class Store {
   struct Evicted {
     std::vector<std::string> names;
     std::uint64_t freed_bytes = 0;
+    std::vector<std::string> passed_over{};  // pinned, of what a pattern matched
   };
+  // As clients ask that do not say whether they mean names or patterns: each is a name if some array has it,
+  // else a pattern. Errors: invalid_argument.
+  [[nodiscard]] Result<Selection> names_or_patterns(const std::vector<std::string>& texts) const;
+  // Looks on for what `selection` names, for a slice. Whether it has come to the end. Errors:
+  // invalid_argument when the request has taken too long.
+  [[nodiscard]] Result<bool> search(SessionId session, Selection& selection) const;
+  // These are all or none, and follow a search() that came to its end. A pattern passes over what is pinned,
+  // and over what the session may not change; a name that is spelled out is refused then, and so is a pattern
+  // that matches nothing else. Errors: not_found, busy while one is being written, pinned, permission_denied.
+  //
   // With `asked` the request came once more after a daemon was lost that may have carried it out: what is
   // gone is done, and what was sealed since it was asked for first stays.
-  [[nodiscard]] Result<Evicted> evict(SessionId session, std::span<const std::string> patterns,
+  [[nodiscard]] Result<Evicted> evict(SessionId session, const Selection& selection,
                                       std::optional<Time> asked = std::nullopt);
   [[nodiscard]] Result<Evicted> evict_lru(SessionId session, std::uint64_t size_bytes);
-  [[nodiscard]] Result<std::vector<std::string>> pin(SessionId session, std::span<const std::string> patterns,
+  [[nodiscard]] Result<std::vector<std::string>> pin(SessionId session, const Selection& selection,
                                                      bool pinned);
 
   // ---- Outside hands ----
@@ -266,9 +278,11 @@ class Store {
   [[nodiscard]] const ArrayRecord* find(ArrayId id) const;
   // The sealed version of `name`, else one that is being written or drained. Errors: not_found.
   [[nodiscard]] Result<const ArrayRecord*> find(SessionId session, std::string_view name) const;
-  // Up to `limit` arrays after the id `after` that the session may read, in order of their ids.
-  [[nodiscard]] std::vector<const ArrayRecord*> list(SessionId session, std::string_view pattern,
-                                                     ArrayId after, std::size_t limit) const;
+  // Arrays after the id `after` that the session may read, in order of their ids: up to `limit`, in a slice
+  // of time.
+  [[nodiscard]] Page<ArrayRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
+                                       std::size_t limit) const;
+  [[nodiscard]] const std::map<ArrayId, ArrayRecord>& records() const noexcept { return records_; }
   [[nodiscard]] bool may(SessionId session, const ArrayRecord& record, Right right) const;
   [[nodiscard]] MemoryUse memory_use() const;
   [[nodiscard]] std::size_t size() const noexcept { return records_.size(); }
@@ -335,9 +349,12 @@ class Store {
   [[nodiscard]] std::string largest_holders() const;
   [[nodiscard]] Result<void> check_attach(SessionId session, const ArrayRecord& record) const;
   [[nodiscard]] Result<std::string> header_for(SessionId session, const ArraySpec& spec) const;
-  [[nodiscard]] Result<std::vector<ArrayRecord*>> match_to_change(SessionId session,
-                                                                  std::span<const std::string> patterns,
-                                                                  bool may_be_gone = false);
+  [[nodiscard]] Result<void> check_change(SessionId session, const ArrayRecord& record) const;
+  [[nodiscard]] tl::unexpected<Error> not_to_be_changed(const std::string& name) const;
+  [[nodiscard]] bool is_current(const ArrayRecord& record) const;
+  void hold_against_patterns(SessionId session, const ArrayRecord& record, Selection& selection) const;
+  [[nodiscard]] Result<std::vector<ArrayRecord*>> selected(SessionId session, const Selection& selection,
+                                                           bool may_be_gone = false);
   [[nodiscard]] std::vector<ArrayRecord*> least_recently_used(
       const std::function<bool(const ArrayRecord&)>& wanted);
   void add_views(Holdings& held, ArrayRecord& record, std::uint32_t count, Time now);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cmath>
 #include <sstream>
 
 #include <CLI/CLI.hpp>
@@ -22,6 +23,14 @@ constexpr std::uint32_t kAllModeBits = 0777;
 // and what follows "--" as options again, after an optional argument. This byte in front hides them; plain()
 // takes it away. No name has it, and where a user typed it, it is hidden too.
 constexpr char kGuard = '\x01';
+
+struct Duration {
+  std::string_view unit;
+  double ms;
+};
+
+constexpr std::array<Duration, 5> kDurations = {
+    {{"", 1e3}, {"s", 1e3}, {"ms", 1}, {"min", 60e3}, {"h", 3600e3}}};
 
 std::string guarded(std::string_view argument) {
   return kGuard + std::string(argument);
@@ -64,6 +73,22 @@ std::uint64_t size_of(const std::string& text) {
   return *size;
 }
 
+// "500ms", "1.5s", "10", "2min", "1h".
+Milliseconds duration_of(const std::string& text) {
+  double count = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, count, std::chars_format::fixed);
+  const std::string_view unit(stop, static_cast<std::size_t>(end - stop));
+  const auto* known = std::ranges::find(kDurations, unit, &Duration::unit);
+  const double ms = known == kDurations.end() ? -1 : count * known->ms;
+  constexpr double kMostMs = 1e12;  // 31 years
+  if (error != std::errc() || !(ms >= 0 && ms <= kMostMs)) {
+    throw CLI::ValidationError(
+        "--wait", fmt::format("{} is not a duration; write it as 500ms, 10s, 2min or 1h", printable(text)));
+  }
+  return Milliseconds(std::llround(ms));
+}
+
 std::uint32_t mode_of(const std::string& text) {
   std::uint32_t mode = 0;
   const char* end = text.data() + text.size();
@@ -78,9 +103,15 @@ std::uint32_t mode_of(const std::string& text) {
 
 void declare_nothing(CLI::App& /*app*/, Options& /*options*/) {}
 
-void declare_glob(CLI::App& app, Options& options) {
-  add_text(app, "GLOB", options.patterns, "Only names that match, as the shell matches; quote it")
-      ->expected(0, 1);
+CLI::Option* add_match(CLI::App& app, Options& options) {
+  return app.add_flag(
+      "--match", options.match,
+      "Take NAME for a pattern: * is any text, ? one character, \\ takes their meaning away; quote it");
+}
+
+void declare_one_name(CLI::App& app, Options& options) {
+  auto* name = add_text(app, "NAME", options.names, "This array alone; without it, all")->expected(0, 1);
+  add_match(app, options)->needs(name);
 }
 
 void declare_stat(CLI::App& app, Options& options) {
@@ -89,8 +120,10 @@ void declare_stat(CLI::App& app, Options& options) {
 }
 
 void declare_put(CLI::App& app, Options& options) {
-  add_text(app, "FILE", options.file, "The .npy file to read")->required();
-  auto* name = add_text(app, "--name", options.name, "The array's name. Default: the file's, without .npy");
+  add_text(app, "FILE", options.file, "The .npy file to read; - for standard input")->required();
+  auto* name =
+      add_text(app, "--name", options.name,
+               "The array's name. Default: the file's, without .npy; of standard input there is none");
   app.add_flag("--replace", options.create.replace, "Put a new version when the name exists");
   app.add_flag("--evictable", options.create.evictable,
                "Let it go, least recently used first, when room is needed");
@@ -101,26 +134,32 @@ void declare_put(CLI::App& app, Options& options) {
       ->type_name("MODE");
   app.add_flag("--pin", options.pin, "Pin it: never evict it");
   app.add_flag("--checksum", options.create.checksum, "Take a checksum of the data, for `cowctl verify`");
-  app.callback([&options, name] { options.has_name = name->count() > 0; });
+  app.callback([&options, name] {
+    options.has_name = name->count() > 0;
+    if (options.file == kStandardStream && !options.has_name)
+      throw CLI::RequiredError("--name for what comes from standard input");
+  });
 }
 
 void declare_get(CLI::App& app, Options& options) {
   add_text(app, "NAME", options.name, "The array")->required();
-  add_text(app, "FILE", options.file, "The .npy file to write")->required();
-  app.add_flag("--force", options.force, "Overwrite the file if it exists");
+  add_text(app, "FILE", options.file, "The .npy file to write; - for standard output")->required();
+  app.add_flag("--force", options.force, "Overwrite the file if it exists; its mode stays");
 }
 
 void declare_results(CLI::App& app, Options& options) {
-  add_text(app, "NAME", options.patterns, "One set, shown with its slots, or a glob; quote it")
-      ->expected(0, 1);
+  auto* name = add_text(app, "NAME", options.names, "One set, shown with its slots; without it, all sets")
+                   ->expected(0, 1);
+  auto* match = add_match(app, options)->needs(name);
   auto* slots = app.add_flag("--slots", options.all_slots,
                              "Show every slot of NAME; otherwise those that are leased or failed");
-  auto* follow = app.add_flag("--follow", options.follow, "Wait until NAME has ended, with a progress bar")
-                     ->excludes(slots);
-  app.add_flag("--cancel", options.cancel,
-               "End NAME: its workers are told, its memory is freed. One that has ended is forgotten")
-      ->excludes(slots)
-      ->excludes(follow);
+  auto* follow = app.add_flag("--follow", options.follow, "Wait until NAME has ended, with a progress bar");
+  auto* cancel =
+      app.add_flag("--cancel", options.cancel,
+                   "End NAME: its workers are told, its memory is freed. One that has ended is forgotten");
+  for (auto* option : {slots, follow, cancel}) option->needs(name)->excludes(match);
+  follow->excludes(slots);
+  cancel->excludes(slots)->excludes(follow);
 }
 
 void declare_shutdown(CLI::App& app, Options& options) {
@@ -129,18 +168,19 @@ void declare_shutdown(CLI::App& app, Options& options) {
 }
 
 void declare_fsck(CLI::App& app, Options& options) {
-  add_text(app, "INSTANCE", options.patterns, "Of this instance alone; otherwise of all")->expected(0, 1);
+  add_text(app, "INSTANCE", options.names, "Of this instance alone; otherwise of all")->expected(0, 1);
   app.add_flag("--repair", options.repair,
                "Remove what nobody can use: half made, or damaged. Not while a daemon of the instance runs");
 }
 
 void declare_names(CLI::App& app, Options& options) {
-  add_text(app, "NAME", options.patterns, "Names or globs; quote globs, and write \\* for a star in a name")
-      ->required();
+  add_text(app, "NAME", options.names, "The arrays")->required();
+  add_match(app, options);
 }
 
 void declare_evict(CLI::App& app, Options& options) {
-  auto* names = add_text(app, "NAME", options.patterns, "Names or globs; quote globs");
+  auto* names = add_text(app, "NAME", options.names, "The arrays");
+  add_match(app, options)->needs(names);
   auto* lru = app.add_option_function<std::string>(
       "--lru", [&options](const std::string& text) { options.lru_bytes = size_of(text); },
       "Evict what was least recently used, evictable or not, until that much more is free, as in 1.5GiB");
@@ -159,16 +199,17 @@ struct Subcommand {
 };
 
 constexpr std::array<Subcommand, 13> kSubcommands = {{
-    {"ls", "List arrays", "cowctl ls 'train*'", declare_glob, run_ls},
+    {"ls", "List arrays", "cowctl ls   or   cowctl ls --match 'train*'", declare_one_name, run_ls},
     {"stat", "Show all about an array, or about the daemon", "cowctl stat train", declare_stat, run_stat},
     {"put", "Put a .npy file as an array", "cowctl put train.npy --name train --pin", declare_put, run_put},
     {"get", "Write an array to a .npy file", "cowctl get train copy.npy", declare_get, run_get},
-    {"verify", "Read arrays that have a checksum, and compare", "cowctl verify 'train*'", declare_glob,
-     run_verify},
+    {"verify", "Read arrays that have a checksum, and compare", "cowctl verify --match 'train*'",
+     declare_one_name, run_verify},
     {"evict", "Take names away now, their memory with the last view",
-     "cowctl evict 'old-*'   or   cowctl evict --lru 1.5GiB", declare_evict, run_evict},
+     "cowctl evict old   or   cowctl evict --match 'old-*'   or   cowctl evict --lru 1.5GiB", declare_evict,
+     run_evict},
     {"pin", "Never evict these arrays", "cowctl pin train test", declare_names, run_pin},
-    {"unpin", "Undo pin", "cowctl unpin 't*'", declare_names, run_unpin},
+    {"unpin", "Undo pin", "cowctl unpin --match 't*'", declare_names, run_unpin},
     {"clients", "List who is connected, and what they hold", "cowctl clients", declare_nothing, run_clients},
     {"results", "List result sets, or show, follow or cancel one", "cowctl results predictions --follow",
      declare_results, run_results},
@@ -191,15 +232,33 @@ void declare_globals(CLI::App& app, Options& options) {
            "/run/cowmgr/cowmgr.sock")
       ->envname("COWMGR_SOCKET")
       ->type_name("PATH");
+  app.add_option_function<std::string>(
+         "--wait", [&options](const std::string& text) { options.wait = duration_of(text); },
+         "How long to wait for a daemon that is not there, as in 10s. Default: not at all, or 30s for the "
+         "next one when "
+         "it goes away under way")
+      ->transform(&plain)
+      ->type_name("DURATION");
   app.add_flag("--json", options.json, "Print JSON, sizes in bytes; errors too, on standard error");
   app.require_subcommand(1);
   app.fallthrough();  // of the subcommands that are made from here on: global options may follow them
 }
 
+// As the help of every command shows them too.
+std::string globals_help(const CLI::App& app) {
+  const auto formatter = std::dynamic_pointer_cast<CLI::Formatter>(app.get_formatter());
+  COWMGR_ASSERT(formatter != nullptr);
+  const auto is_global = [](const CLI::Option* option) {
+    return option->get_name() != "--help" && option->get_name() != "--version";
+  };
+  return formatter->make_group("Options of all commands", false, app.get_options(is_global));
+}
+
 void declare_subcommands(CLI::App& app, Options& options) {
+  const std::string globals = globals_help(app);
   for (const auto& subcommand : kSubcommands) {
     auto* child = app.add_subcommand(subcommand.name, subcommand.help);
-    child->footer(fmt::format("Example:\n  {}", subcommand.example));
+    child->footer(fmt::format("{}\nExample:\n  {}", globals, subcommand.example));
     subcommand.declare(*child, options);
   }
   app.footer(examples());
@@ -220,7 +279,9 @@ std::string wrong_usage_text(const CLI::App& app, const CLI::ParseError& error) 
     text = fmt::format("there is no command {}", printable(plain(unknown.front())));
   }
   std::erase(text, kGuard);
-  return text + "; see `cowctl --help`";
+  const auto chosen = app.get_subcommands();
+  return text + (chosen.empty() ? "; see `cowctl --help`"
+                                : fmt::format("; see `cowctl {} --help`", chosen.front()->get_name()));
 }
 
 Answer answer_of(const CLI::App& app, const CLI::ParseError& error) {

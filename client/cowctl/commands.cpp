@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <unistd.h>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -22,8 +23,7 @@ std::string quoted(const std::vector<std::string>& names) {
 }
 
 std::string evict_text(const EvictReport& report) {
-  if (report.names.empty())
-    return "nothing evicted: every array is pinned, viewed, being written, or of another user\n";
+  if (report.names.empty()) return "";
   if (report.freed_bytes == 0)
     return fmt::format("evicted {}; the memory goes with the last view\n", quoted(report.names));
   return fmt::format("evicted {}; {} freed at once\n", quoted(report.names), format_size(report.freed_bytes));
@@ -39,12 +39,25 @@ std::string outside_text(const DaemonInfo& daemon) {
 Result<Report> set_pinned(const Options& options, bool is_pinned) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  const auto names = client->pin(options.patterns, is_pinned);
+  const auto names =
+      options.match ? client->pin_matching(options.names, is_pinned) : client->pin(options.names, is_pinned);
   if (!names) return error_of(names);
   Json json;
   json["names"] = *names;
   json["pinned"] = is_pinned;
   return Report{fmt::format("{} {}\n", is_pinned ? "pinned" : "unpinned", quoted(*names)), json};
+}
+
+Result<Report> evict_lru(const Client& client, std::uint64_t size_bytes) {
+  const auto done = client.evict_lru(size_bytes);
+  if (!done) return error_of(done);
+  Report report{evict_text(*done), to_json(*done)};
+  if (done->freed_bytes < size_bytes) {
+    report.refusal = Error{Errc::busy, fmt::format("freed {} of the {} that were asked for; all else is "
+                                                   "pinned, viewed, being written, or of another user",
+                                                   format_size(done->freed_bytes), format_size(size_bytes))};
+  }
+  return report;
 }
 
 }  // namespace
@@ -53,42 +66,47 @@ SystemTime now() {
   return std::chrono::floor<std::chrono::microseconds>(std::chrono::system_clock::now());
 }
 
-std::string nothing_text(const Options& options, std::string_view what, std::string_view how_to_get_one) {
-  const auto& pattern = options.patterns;
-  if (pattern.empty()) return fmt::format("no {}; {}\n", what, how_to_get_one);
-  return fmt::format("no {} with a name like {}; leave the pattern out to see all\n", what,
-                     printable(pattern.front()));
+Result<std::vector<ArrayInfo>> listed(const Client& client, const Options& options) {
+  if (options.names.empty()) return client.list();
+  const auto& text = options.names.front();
+  return options.match ? client.list_matching(text) : client.list(text);
 }
 
-std::string_view pattern_of(const Options& options) {
-  return options.patterns.empty() ? std::string_view("*") : options.patterns.front();
+Report nothing_listed(const Options& options, const Client& client, std::string_view what,
+                      std::string_view how_to_get_one) {
+  Report report{.text = "", .json = Json::array()};
+  if (!options.names.empty()) {
+    const auto name = printable(options.names.front());
+    report.refusal =
+        Error{Errc::not_found, options.match ? fmt::format("no {} has a name that matches {}", what, name)
+                                             : fmt::format("there is no {} {}", what, name)};
+    return report;
+  }
+  const auto daemon = client.ping();
+  const bool sees_all = ::geteuid() == 0 || !daemon || daemon->uid == ::geteuid();
+  const auto whose = sees_all ? "" : fmt::format(" that user {} may read", user_name(::geteuid()));
+  report.note = fmt::format("no {}s{}; {}\n", what, whose, how_to_get_one);
+  return report;
 }
 
 Result<Client> connect(const Options& options) {
-  return Client::connect(
-      {.socket = options.socket, .command = options.command_name, .reconnect = Milliseconds(0)});
-}
-
-std::string literal_pattern(std::string_view name) {
-  std::string out;
-  for (const char c : name) {
-    if (std::string_view("*?[\\").find(c) != std::string_view::npos) out += '\\';
-    out += c;
-  }
-  return out;
+  ConnectOptions how{.socket = options.socket, .command = options.command_name};
+  if (options.wait) how.wait = how.reconnect = *options.wait;
+  return Client::connect(how);
 }
 
 Result<Report> run_ls(const Options& options) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  const auto arrays = client->list(pattern_of(options));
+  const auto arrays = listed(*client, options);
   if (!arrays) return error_of(arrays);
   const auto daemon = client->ping();
   if (!daemon) return error_of(daemon);
-  const std::string text = arrays->empty()
-                               ? nothing_text(options, "arrays", "put one with `cowctl put FILE.npy`")
-                               : arrays_table(*arrays, now(), options.style);
-  return Report{text + outside_text(*daemon), to_json(*arrays)};
+  Report report = arrays->empty()
+                      ? nothing_listed(options, *client, "array", "put one with `cowctl put FILE.npy`")
+                      : Report{arrays_table(*arrays, now(), options.style), to_json(*arrays)};
+  report.note += outside_text(*daemon);
+  return report;
 }
 
 Result<Report> run_stat(const Options& options) {
@@ -107,10 +125,13 @@ Result<Report> run_stat(const Options& options) {
 Result<Report> run_evict(const Options& options) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  const auto report =
-      options.lru_bytes > 0 ? client->evict_lru(options.lru_bytes) : client->evict(options.patterns);
-  if (!report) return error_of(report);
-  return Report{evict_text(*report), to_json(*report)};
+  if (options.lru_bytes > 0) return evict_lru(*client, options.lru_bytes);
+  const auto done = options.match ? client->evict_matching(options.names) : client->evict(options.names);
+  if (!done) return error_of(done);
+  Report report{evict_text(*done), to_json(*done)};
+  if (!done->passed_over.empty())
+    report.note = fmt::format("passed over what is pinned: {}\n", quoted(done->passed_over));
+  return report;
 }
 
 Result<Report> run_pin(const Options& options) {

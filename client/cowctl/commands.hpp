@@ -22,14 +22,15 @@ namespace cowmgr::cli {
 // The daemon, by the global options.
 [[nodiscard]] Result<Client> connect(const Options& options);
 
-// A pattern that matches the name `name` alone, whatever characters it has.
-[[nodiscard]] std::string literal_pattern(std::string_view name);
-
 // For the commands' own use.
 [[nodiscard]] SystemTime now();
-// What to say when nothing matches the glob that the user gave, or there is nothing at all.
-[[nodiscard]] std::string nothing_text(const Options& options, std::string_view what,
-                                       std::string_view how_to_get_one);
-[[nodiscard]] std::string_view pattern_of(const Options& options);
+
+// All arrays, those of the name, or those that match the pattern.
+[[nodiscard]] Result<std::vector<ArrayInfo>> listed(const Client& client, const Options& options);
+
+// The report of a listing without an entry: refused where it was of a name or a pattern, else it says how to
+// get an entry. `what` is one of them, as in "array".
+[[nodiscard]] Report nothing_listed(const Options& options, const Client& client, std::string_view what,
+                                    std::string_view how_to_get_one);
 
 }  // namespace cowmgr::cli

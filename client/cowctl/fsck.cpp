@@ -194,6 +194,15 @@ std::string daemon_in_words(const Instance& instance) {
   return fmt::format("daemon {} runs", *instance.daemon);
 }
 
+// What `--repair` would remove, in words; empty when there is nothing.
+std::string note_of(const Instance& instance) {
+  const auto useless = std::ranges::count_if(
+      instance.entries, [](const Entry& entry) { return entry.is_useless && !entry.is_removed; });
+  if (useless == 0 || instance.daemon) return "";
+  return fmt::format("{} of no use to anybody; `cowctl fsck {} --repair` removes what is\n", useless,
+                     instance.name);
+}
+
 std::string to_text(const Instance& instance, Style style) {
   Table table({{.header = "FILE"},
                {.header = "STATE"},
@@ -202,7 +211,6 @@ std::string to_text(const Instance& instance, Style style) {
                {.header = "VERSION", .align = Align::right},
                {.header = "OWNER"},
                {.header = "NOTE"}});
-  std::size_t useless = 0;
   for (const Entry& entry : instance.entries) {
     const auto& [segment, trailer, results] =
         std::tie(entry.segment, entry.segment.trailer, entry.segment.results);
@@ -215,20 +223,14 @@ std::string to_text(const Instance& instance, Style style) {
         {entry.file, entry.state, format_size(segment.size_bytes), is_sealed ? trailer.name : results.name,
          is_sealed ? std::to_string(trailer.version) : "", user_name(owner), note_of(entry)},
         entry.state == "damaged" ? Table::Emphasis::bold : Table::Emphasis::none);
-    if (entry.is_useless && !entry.is_removed) ++useless;
   }
-  std::string text =
-      fmt::format("instance {}: {}\n{}", instance.name, daemon_in_words(instance), table.to_string(style));
-  if (useless > 0 && !instance.daemon)
-    text += fmt::format("{} of no use to anybody; `cowctl fsck {} --repair` removes what is\n", useless,
-                        instance.name);
-  return text;
+  return fmt::format("instance {}: {}\n{}", instance.name, daemon_in_words(instance), table.to_string(style));
 }
 
 }  // namespace
 
 Result<Report> run_fsck(const Options& options) {
-  const std::string wanted = options.patterns.empty() ? std::string() : options.patterns.front();
+  const std::string wanted = options.names.empty() ? std::string() : options.names.front();
   if (!wanted.empty()) {
     if (auto ok = check_instance(wanted); !ok) return error_of(ok);
   }
@@ -240,10 +242,11 @@ Result<Report> run_fsck(const Options& options) {
       if (const auto ok = repair(instance); !ok) return error_of(ok);
     }
     report.text += (report.text.empty() ? "" : "\n") + to_text(instance, options.style);
+    report.note += note_of(instance);
     report.json.push_back(to_json(instance));
   }
   if (instances.empty())
-    report.text = wanted.empty() ? "no instance has anything in shared memory\n"
+    report.note = wanted.empty() ? "no instance has anything in shared memory\n"
                                  : fmt::format("instance {} has nothing in shared memory\n", wanted);
   return report;
 }

@@ -255,6 +255,7 @@ Json to_json(const EvictReport& report) {
   Json out;
   out["names"] = report.names;
   out["freed_bytes"] = report.freed_bytes;
+  if (!report.passed_over.empty()) out["passed_over"] = report.passed_over;
   return out;
 }
 

@@ -86,6 +86,11 @@ int give(const Answer& answer, bool as_json) {
   return answer.exit_code;
 }
 
+std::string text_of(const Report& report, bool as_json) {
+  if (!as_json) return report.text;
+  return report.json.is_null() ? "" : dump(report.json);
+}
+
 int run(int argc, const char* const* argv) {
   const bool as_json = asks_for_json(argc, argv);
   const auto parsed = parse_command_line(argc, argv);
@@ -93,8 +98,10 @@ int run(int argc, const char* const* argv) {
   const auto& options = std::get<Options>(parsed);
   const auto report = options.command(options);
   if (!report) return refuse(report.error(), options.json);
-  const auto printed = print(options.json ? dump(report->json) : report->text);
+  const auto printed = print(text_of(*report, options.json));
   if (!printed) return refuse(printed.error(), options.json);
+  if (!options.json) static_cast<void>(std::fputs(report->note.c_str(), stderr));
+  if (report->refusal) return refuse(*report->refusal, options.json);
   return report->is_bad_news ? kRefused : kDone;
 }
 

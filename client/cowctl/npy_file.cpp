@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 #include <vector>
 
 #include <fmt/format.h>
@@ -25,13 +26,12 @@ tl::unexpected<Error> about(const std::string& path, const Error& error) {
   return fail(error.code, fmt::format("{}: {}", printable(path), error.message));
 }
 
-// Fills as much of `bytes` as the file has from `offset` on; returns how much that is.
-Result<std::size_t> read_at(int fd, const std::string& path, std::span<std::byte> bytes,
-                            std::uint64_t offset) {
+// Fills as much of `bytes` as is still to come; returns how much that is.
+Result<std::size_t> read_on(int fd, const std::string& path, std::span<std::byte> bytes) {
   std::size_t done = 0;
   while (done < bytes.size()) {
     const auto rest = bytes.subspan(done);
-    const ssize_t count = ::pread(fd, rest.data(), rest.size(), static_cast<off_t>(offset + done));
+    const ssize_t count = ::read(fd, rest.data(), rest.size());
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return os_fail("read", path, errno);
     if (count == 0) break;
@@ -40,17 +40,20 @@ Result<std::size_t> read_at(int fd, const std::string& path, std::span<std::byte
   return done;
 }
 
+// Reads the header and no byte more: what follows is the data, in a pipe too.
 Result<NpyHeader> read_header(int fd, const std::string& path) {
   std::vector<std::byte> bytes(kNpyPreludeBytes);
-  auto count = read_at(fd, path, bytes, 0);
+  auto count = read_on(fd, path, bytes);
   if (!count) return error_of(count);
   bytes.resize(*count);
   const auto header_bytes = npy_header_bytes(bytes);
   if (!header_bytes) return about(path, header_bytes.error());
-  bytes.resize(*header_bytes);
-  count = read_at(fd, path, bytes, 0);
-  if (!count) return error_of(count);
-  bytes.resize(*count);
+  if (*header_bytes > bytes.size()) {
+    bytes.resize(*header_bytes);
+    count = read_on(fd, path, std::span(bytes).subspan(*count));
+    if (!count) return error_of(count);
+    bytes.resize(std::min(bytes.size(), kNpyPreludeBytes + *count));
+  }
   auto header = parse_npy_header(bytes);
   if (!header) return about(path, header.error());
   return header;
@@ -87,16 +90,27 @@ Result<NpyInput> NpyInput::open(const std::string& path) {
   return NpyInput(std::move(fd), path, *std::move(header));
 }
 
-Result<void> NpyInput::read(std::span<std::byte> memory, const OnProgress& on_progress) const {
+Result<NpyInput> NpyInput::standard_input() {
+  const std::string path = "standard input";
+  UniqueFd fd(::fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1));
+  if (!fd) return os_fail("dup", path, errno);
+  auto header = read_header(fd.get(), path);
+  if (!header) return error_of(std::move(header));
+  return NpyInput(std::move(fd), path, *std::move(header));
+}
+
+Result<void> NpyInput::read(std::span<std::byte> memory, const OnProgress& on_progress) {
   COWMGR_ASSERT(memory.size() == data_bytes());
   for (std::size_t done = 0; done < memory.size();) {
     const auto chunk = memory.subspan(done, std::min(kChunkBytes, memory.size() - done));
-    const auto count = read_at(fd_.get(), path_, chunk, header_.data_offset + done);
+    const auto count = read_on(fd_.get(), path_, chunk);
     if (!count) return error_of(count);
     if (*count < chunk.size()) {
-      return fail(Errc::invalid_file,
-                  fmt::format("{} became shorter while it was read; put it when nobody writes to it",
-                              printable(path_)));
+      return fail(
+          Errc::invalid_file,
+          fmt::format("{} ends after {} of {} bytes of data; write it again, and put it when nobody writes "
+                      "to it",
+                      printable(path_), done + *count, memory.size()));
     }
     done += *count;
     on_progress(done);

@@ -18,11 +18,14 @@
 namespace cowmgr::cli {
 namespace {
 
-constexpr mode_t kFileMode = 0666;  // less the umask, as for any new file
+constexpr mode_t kFileMode = 0666;     // less the umask, as for any new file
+constexpr mode_t kPrivateMode = 0600;  // until the file has the mode of what it takes the place of
+constexpr const char* kStandardOutput = "standard output";
 constexpr std::array<int, 3> kEndingSignals = {SIGINT, SIGTERM, SIGHUP};
 
 tl::unexpected<Error> os_fail(std::string_view what, const std::string& path, int number) {
   Error error = os_error(what, printable(path), number);
+  if (error.code == Errc::out_of_memory) error.code = Errc::os_failure;  // that is a want of room for arrays
   if (number == ENOSPC || number == EDQUOT) error.message += "; free space there, or name a file elsewhere";
   return tl::unexpected<Error>(std::move(error));
 }
@@ -77,6 +80,18 @@ bool has_unnamed_files(int open_error) noexcept {
   return open_error != EOPNOTSUPP && open_error != EISDIR && open_error != EINVAL;
 }
 
+// The owner too where we may give the file away. Where not even its group can be kept, that of ours may do no
+// more than all others.
+bool take_over_mode(int fd, const struct stat& replaced) {
+  constexpr mode_t kAll = 0777;
+  constexpr mode_t kGroup = 070;
+  mode_t mode = replaced.st_mode & kAll;
+  const bool has_group = ::fchown(fd, replaced.st_uid, replaced.st_gid) == 0 ||
+                         ::fchown(fd, static_cast<uid_t>(-1), replaced.st_gid) == 0;
+  if (!has_group) mode &= ~kGroup | (mode << 3U);
+  return ::fchmod(fd, mode) == 0;
+}
+
 }  // namespace
 
 OutputFile::OutputFile(UniqueFd fd, Kind kind, std::string path, bool overwrite)
@@ -99,7 +114,7 @@ Result<OutputFile> OutputFile::create(const std::string& path, bool overwrite) {
   if (path.empty()) return fail(Errc::invalid_argument, "the file's name is empty; name a file to write");
   struct stat status {};
   if (::lstat(path.c_str(), &status) != 0) {
-    return errno == ENOENT ? create_beside(path, overwrite)
+    return errno == ENOENT ? create_beside(path, overwrite, nullptr)
                            : Result<OutputFile>(os_fail("look up", path, errno));
   }
   const bool is_dangling = ::stat(path.c_str(), &status) != 0;
@@ -107,22 +122,35 @@ Result<OutputFile> OutputFile::create(const std::string& path, bool overwrite) {
     return fail(Errc::invalid_argument, fmt::format("{} is a directory; name a file in it", printable(path)));
   }
   if (!overwrite) return exists(path);
-  if (is_dangling || S_ISREG(status.st_mode)) return create_beside(resolved(path), overwrite);
+  if (is_dangling) return create_beside(resolved(path), overwrite, nullptr);
+  if (S_ISREG(status.st_mode)) return create_beside(resolved(path), overwrite, &status);
   // A rename would put a file in the place of the device.
   UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
   if (!fd) return os_fail("open", path, errno);
   return OutputFile(std::move(fd), Kind::direct, path, overwrite);
 }
 
-Result<OutputFile> OutputFile::create_beside(const std::string& path, bool overwrite) {
+Result<OutputFile> OutputFile::standard_output() {
+  UniqueFd fd(::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1));
+  if (!fd) return os_fail("dup", kStandardOutput, errno);
+  return OutputFile(std::move(fd), Kind::direct, kStandardOutput, true);
+}
+
+Result<OutputFile> OutputFile::create_beside(const std::string& path, bool overwrite,
+                                             const struct stat* replaced) {
   const std::string directory = directory_of(path);
-  UniqueFd unnamed(::open(directory.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, kFileMode));
-  if (unnamed) return OutputFile(std::move(unnamed), Kind::unnamed, path, overwrite);
+  const mode_t mode = replaced == nullptr ? kFileMode : kPrivateMode;
+  UniqueFd unnamed(::open(directory.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode));
+  if (unnamed) {
+    if (replaced != nullptr && !take_over_mode(unnamed.get(), *replaced))
+      return os_fail("fchmod", path, errno);
+    return OutputFile(std::move(unnamed), Kind::unnamed, path, overwrite);
+  }
   if (has_unnamed_files(errno)) return os_fail("create a file in", directory, errno);
 
   const std::string partial = partial_name(path);
   remove_on_signal(partial);
-  UniqueFd fd(::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, kFileMode));
+  UniqueFd fd(::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, mode));
   if (!fd) {
     const int error = errno;
     keep_on_signal();
@@ -130,6 +158,8 @@ Result<OutputFile> OutputFile::create_beside(const std::string& path, bool overw
   }
   OutputFile file(std::move(fd), Kind::partial, path, overwrite);
   file.partial_ = partial;
+  if (replaced != nullptr && !take_over_mode(file.fd_.get(), *replaced))
+    return os_fail("fchmod", path, errno);
   return file;
 }
 

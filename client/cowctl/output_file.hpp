@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <sys/stat.h>
 
 #include "proto/errors.hpp"
 #include "proto/unique_fd.hpp"
@@ -12,19 +13,22 @@
 namespace cowmgr::cli {
 
 // A new file. It gets its name when it is complete; until then a failure, a signal or a kill leaves nothing.
-// Devices and pipes are written to as they are. Move-only.
+// What it overwrites keeps its mode, and, where we may say so, its owner. Devices and pipes are written to as
+// they are. Move-only.
 class OutputFile {
  public:
   // Errors: already_exists unless `overwrite`, invalid_argument for a directory, not_found when the directory
   // is missing, permission_denied, os_failure.
   [[nodiscard]] static Result<OutputFile> create(const std::string& path, bool overwrite);
+  // Writes to standard output, as it is.
+  [[nodiscard]] static Result<OutputFile> standard_output();
   OutputFile(OutputFile&& other) noexcept;
   OutputFile& operator=(OutputFile&&) = delete;
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   ~OutputFile();
 
-  // Appends. Errors: out_of_memory when the file system is full, os_failure.
+  // Appends. Errors: os_failure, also when the file system is full.
   [[nodiscard]] Result<void> write(std::span<const std::byte> bytes);
   // Gives the file its name. Errors: as write(), and already_exists when somebody else was faster.
   [[nodiscard]] Result<void> commit();
@@ -36,7 +40,8 @@ class OutputFile {
     direct,   // a device or a pipe
   };
   OutputFile(UniqueFd fd, Kind kind, std::string path, bool overwrite);
-  [[nodiscard]] static Result<OutputFile> create_beside(const std::string& path, bool overwrite);
+  [[nodiscard]] static Result<OutputFile> create_beside(const std::string& path, bool overwrite,
+                                                        const struct stat* replaced);
   [[nodiscard]] Result<void> give_partial_name();
   [[nodiscard]] Result<void> close();
   [[nodiscard]] Result<void> rename_to_path();

@@ -13,10 +13,6 @@
 namespace cowmgr::cli {
 namespace {
 
-bool is_glob(std::string_view text) {
-  return text.find_first_of("*?[\\") != std::string_view::npos;
-}
-
 // All slots, or those that something is to be said of.
 Result<std::vector<SlotLine>> lines_of(const Client& client, const ResultSet& set, bool is_all) {
   const auto clients = client.clients();
@@ -77,22 +73,19 @@ Result<Report> cancel(const ResultSet& set) {
 Result<Report> run_results(const Options& options) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  if (!options.patterns.empty() && !is_glob(options.patterns.front())) {
-    auto set = client->open_results(options.patterns.front());
+  if (!options.names.empty() && !options.match) {
+    auto set = client->open_results(options.names.front());
     if (!set) return error_of(std::move(set));
     if (options.cancel) return cancel(*set);
     if (options.follow) return follow(*set, options);
     return show_one(*client, *set, options);
   }
-  if (options.cancel || options.follow || options.all_slots)
-    return fail(Errc::invalid_argument,
-                "name one result set, without stars, for --slots, --follow and --cancel");
-  const auto sets = client->list_results(pattern_of(options));
+  const auto sets =
+      options.match ? client->list_results_matching(options.names.front()) : client->list_results();
   if (!sets) return error_of(sets);
-  const std::string text =
-      sets->empty() ? nothing_text(options, "result sets", "programs make them with create_results")
-                    : results_table(*sets, now(), options.style);
-  return Report{text, to_json(*sets)};
+  if (sets->empty())
+    return nothing_listed(options, *client, "result set", "programs make them with create_results");
+  return Report{results_table(*sets, now(), options.style), to_json(*sets)};
 }
 
 }  // namespace cowmgr::cli

@@ -22,10 +22,13 @@ ProgressBar::Show progress_of(const Options& options) {
   return options.json ? ProgressBar::Show::never : ProgressBar::Show::on_terminal;
 }
 
+std::string name_of_file(const std::filesystem::path& file) {
+  return (file.extension() == ".npy" ? file.stem() : file.filename()).native();
+}
+
 // The name that the array shall have. Errors: invalid_name.
 Result<std::string> name_to_put(const Options& options) {
-  const std::string name =
-      options.has_name ? options.name : std::filesystem::path(options.file).stem().native();
+  const std::string name = options.has_name ? options.name : name_of_file(options.file);
   auto ok = check_name(name);
   if (ok) return name;
   if (!options.has_name) ok.error().message += "; give another with --name";
@@ -37,7 +40,7 @@ tl::unexpected<Error> refused_put(Error error) {
   return tl::unexpected<Error>(std::move(error));
 }
 
-Result<Array> fill_and_seal(ArrayWriter& writer, const NpyInput& input, const std::string& name,
+Result<Array> fill_and_seal(ArrayWriter& writer, NpyInput& input, const std::string& name,
                             const Options& options) {
   ProgressBar bar("put " + name, input.data_bytes(), Progress::Unit::bytes, progress_of(options));
   auto filled = input.read(writer.bytes(), [&](std::uint64_t done) { bar.update(done); });
@@ -83,8 +86,8 @@ Result<void> write_npy(OutputFile& file, const Array& array, const Options& opti
 
 Result<Report> run_put(const Options& options) {
   const auto start = Clock::now();
-  const auto input = NpyInput::open(options.file);
-  if (!input) return error_of(input);
+  auto input = options.file == kStandardStream ? NpyInput::standard_input() : NpyInput::open(options.file);
+  if (!input) return error_of(std::move(input));
   const auto name = name_to_put(options);
   if (!name) return error_of(name);
   const auto client = connect(options);
@@ -95,7 +98,7 @@ Result<Report> run_put(const Options& options) {
   const auto array = fill_and_seal(*writer, *input, *name, options);
   if (!array) return refused_put(array.error());
   if (options.pin) {
-    const auto pinned = client->pin(std::vector{literal_pattern(*name)});
+    const auto pinned = client->pin(std::vector{*name});
     if (!pinned)
       return fail(pinned.error().code, fmt::format("put, but not pinned: {}", pinned.error().message));
   }
@@ -110,9 +113,11 @@ Result<Report> run_get(const Options& options) {
   if (!client) return error_of(client);
   const auto array = client->attach(options.name);
   if (!array) return error_of(array);
-  auto file = OutputFile::create(options.file, options.force);
+  const bool is_stream = options.file == kStandardStream;
+  auto file = is_stream ? OutputFile::standard_output() : OutputFile::create(options.file, options.force);
   if (!file) return error_of(std::move(file));
   if (auto written = write_npy(*file, *array, options); !written) return error_of(std::move(written));
+  if (is_stream) return Report{};  // nothing else goes there
   return Report{
       fmt::format("{} to {}\n", transfer_text(*array, Clock::now() - start), printable(options.file)),
       transfer_json(*array, options)};
@@ -151,7 +156,9 @@ Json verified_json(const ArrayInfo& info, const std::string& result) {
 Result<Report> run_verify(const Options& options) {
   const auto client = connect(options);
   if (!client) return error_of(client);
-  const auto arrays = client->list(pattern_of(options));
+  const auto arrays = listed(*client, options);
+  if (arrays && arrays->empty() && !options.names.empty())
+    return nothing_listed(options, *client, "array", "");
   if (!arrays) return error_of(arrays);
   Report report{.text = "", .json = Json::array()};
   Table table({{.header = "NAME"},
@@ -172,11 +179,12 @@ Result<Report> run_verify(const Options& options) {
                   is_good ? Table::Emphasis::none : Table::Emphasis::bold);
     report.json.push_back(verified_json(info, *result));
   }
-  report.text = report.json.empty()
-                    ? nothing_text(options, "arrays with a checksum", "take one with `cowctl put --checksum`")
-                    : table.to_string(options.style);
-  if (without > 0) report.text += fmt::format("{} without a checksum, not read\n", without);
-  if (bad > 0) report.text += fmt::format("{} not as when it was sealed: put it again\n", bad);
+  if (report.json.empty())
+    report.note = "no arrays with a checksum; take one with `cowctl put --checksum`\n";
+  else
+    report.text = table.to_string(options.style);
+  if (without > 0) report.note += fmt::format("{} without a checksum, not read\n", without);
+  if (bad > 0) report.note += fmt::format("{} not as when it was sealed: put it again\n", bad);
   report.is_bad_news = bad > 0;
   return report;
 }

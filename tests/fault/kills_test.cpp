@@ -117,7 +117,7 @@ TEST_F(Kills, OfClientsLeakNothing) {
     ASSERT_THAT(array, Succeeds());
     EXPECT_TRUE(copy_of(array->bytes()) == pattern_bytes(info.data_bytes)) << "what was sealed is whole";
   }
-  (void)client.evict(std::vector<std::string>{"*"});
+  (void)client.evict_matching("*");
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
   EXPECT_THAT(shm_files(instance()), testing::SizeIs(1)) << "the lock";
 }

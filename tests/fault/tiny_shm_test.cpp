@@ -107,7 +107,7 @@ TEST_F(TinyShm, IsFilledToTheBrim) {
       ASSERT_THAT(array, Succeeds());
       EXPECT_TRUE(copy_of(array->bytes()) == pattern_bytes(info.data_bytes)) << info.name;
     }
-    EXPECT_THAT(client.evict(std::vector<std::string>{"*"}), Succeeds());
+    EXPECT_THAT(client.evict_matching("*"), Succeeds());
     EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
     EXPECT_THAT(put(client, "again", 50 * kMiB), Succeeds());
   });

@@ -436,7 +436,7 @@ class Get(CowctlTest):
 
     def test_a_full_device(self):
         self.refuse("already_exists", "get", "x", "/dev/full")
-        self.refuse("out_of_memory", "get", "x", "/dev/full", "--force", says='write "/dev/full": No space left.*free')
+        self.refuse("os_failure", "get", "x", "/dev/full", "--force", says='write "/dev/full": No space left.*free')
         self.assertTrue(stat.S_ISCHR(os.stat("/dev/full").st_mode))
         self.assertEqual(glob.glob("/dev/.cowctl*"), [])
 
@@ -477,15 +477,15 @@ class Evict(CowctlTest):
             self.put(name, np.zeros(MIB, dtype="u1"), "--evictable")
 
     def test_names_and_globs(self):
-        report = self.run_json("evict", "old-*")
+        report = self.run_json("evict", "--match", "old-*")
         self.assertEqual(sorted(report["names"]), ["old-1", "old-2"])
         self.assertGreaterEqual(report["freed_bytes"], 2 * MIB)
-        self.assertRegex(self.run_text("evict", "new-1", "[ab]"), r'\Aevicted .*"(b|new-1)"; \d.* freed at once\n\Z')
+        self.assertRegex(self.run_text("evict", "new-1", "b"), r'\Aevicted .*"(b|new-1)"; \d.* freed at once\n\Z')
         self.assertEqual(self.names(), [])
 
     def test_all_or_none(self):
         self.refuse("not_found", "evict", "b", "x", says='"x"')
-        self.refuse("not_found", "evict", "x*")
+        self.refuse("not_found", "evict", "--match", "x*")
         self.run_text("pin", "old-1")
         self.refuse("pinned", "evict", "b", "old-1", says="pinned; unpin")
         self.assertEqual(len(self.names()), 4)
@@ -495,17 +495,18 @@ class Evict(CowctlTest):
         self.run_text("pin", "old-2")
         self.assertEqual(self.run_json("evict", "--lru", "1KiB")["names"], ["new-1"])
         self.assertEqual(self.run_json("evict", "--lru", "1.5MiB")["names"], ["b", "old-1"])
-        self.assertEqual(self.run_json("evict", "--lru", "1GB")["names"], [])
-        self.assertIn("nothing evicted", self.run_text("evict", "--lru", "1GB"))
+        done = self.cowctl("evict", "--lru", "1GB", "--json", code=1)
+        self.assertEqual(json.loads(done.stdout)["names"], [])
+        self.assertIn(b"freed 0 B of the 954 MiB that were asked for", done.stderr)
         self.assertEqual(self.names(), ["old-2"])
 
     def test_pin_and_unpin(self):
-        self.assertEqual(self.run_json("pin", "old-*"), {"names": ["old-1", "old-2"], "pinned": True})
+        self.assertEqual(self.run_json("pin", "old-*", "--match"), {"names": ["old-1", "old-2"], "pinned": True})
         self.assertTrue(self.info("old-1")["pinned"])
         self.assertEqual(self.run_text("unpin", "old-1"), 'unpinned "old-1"\n')
         self.assertFalse(self.info("old-1")["pinned"])
         self.assertTrue(self.info("old-2")["pinned"])
-        self.refuse("not_found", "pin", "x*", says='"x\\*"')
+        self.refuse("not_found", "pin", "--match", "x*", says='"x\\*"')
         self.refuse("not_found", "unpin", "x")
 
     @unittest.skipUnless(os.geteuid() == 0, "needs a second user")
@@ -540,11 +541,9 @@ class Capacity(CowctlTest):
 
 class Show(CowctlTest):
     def test_nothing_there(self):
-        self.assertEqual(self.run_text("ls"), "no arrays; put one with `cowctl put FILE.npy`\n")
-        self.assertIn('"x*"', self.run_text("ls", "x*"))
-        self.assertIn("no result sets", self.run_text("results"))
+        self.assertEqual(self.cowctl("ls").stderr, b"no arrays; put one with `cowctl put FILE.npy`\n")
+        self.assertIn(b"no result sets", self.cowctl("results").stderr)
         self.assertEqual(self.run_json("ls"), [])
-        self.assertEqual(self.run_json("ls", "x*"), [])
         self.assertEqual(self.run_json("results"), [])
 
     def test_ls_as_json(self):
@@ -575,8 +574,8 @@ class Show(CowctlTest):
     def test_ls_with_a_glob(self):
         for name in ("ab", "ac", "b"):
             self.put(name, np.arange(3))
-        for pattern, names in (("a*", ["ab", "ac"]), ("[ab]", ["b"]), ("?b", ["ab"]), ("ab", ["ab"])):
-            self.assertEqual([array["name"] for array in self.run_json("ls", pattern)], names)
+        for pattern, names in (("a*", ["ab", "ac"]), ("?", ["b"]), ("?b", ["ab"]), ("ab", ["ab"])):
+            self.assertEqual([array["name"] for array in self.run_json("ls", "--match", pattern)], names)
 
     def test_stat(self):
         self.put("x", np.zeros(3 * MIB, dtype="u1"), "--pin")
@@ -662,14 +661,14 @@ class Terminal(CowctlTest):
 
     def test_output_that_cannot_be_written(self):
         with open("/dev/full", "wb") as full:
-            process = self.start("ls", stdout=full, stderr=subprocess.PIPE)
+            process = self.start("stat", stdout=full, stderr=subprocess.PIPE)
             message = process.communicate(timeout=TIMEOUT_S)[1]
         self.assertEqual(process.returncode, 1)
         self.assertIn(b"standard output: No space left", message)
 
     def test_closed_output(self):
         """The socket must not become standard output."""
-        process = self.start("ls", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
+        process = self.start("stat", stderr=subprocess.PIPE, preexec_fn=lambda: os.close(1))
         self.assertIn(b"standard output: Bad file descriptor", process.communicate(timeout=TIMEOUT_S)[1])
         self.assertEqual(process.returncode, 1)
 
@@ -693,7 +692,7 @@ class Usage(CowctlTest):
                      ["evict", "--lru", "-5"], ["evict", "--lru", "1e30T"], ["clients", "x"], ["ping", "x"], ["ls", "--socket"],
                      ["\x1b[31m"], ["ls", "a", "\x1b[31m"], [b"\xff"], ["", "ls"], ["LS"]):
             with self.subTest(args=args):
-                self.refuse("invalid_argument", *args, code=2, says="cowctl --help")
+                self.refuse("invalid_argument", *args, code=2, says="cowctl (\\w+ )?--help")
 
     def test_no_daemon(self):
         np.save(self.folder / "x.npy", np.arange(3))
@@ -762,12 +761,13 @@ class Fsck(CowctlTest):
         self.kill()
         damaged = Path(f"/dev/shm/cowmgr.{self.daemon.instance}.quarantine.00000000000000ff")
         damaged.write_bytes(b"damage")
-        text = self.run_text("fsck", self.daemon.instance)
-        self.assertIn("1 of no use to anybody", text, "the maker of the set may come back to it")
+        done = self.cowctl("fsck", self.daemon.instance)
+        text, note = done.stdout.decode(), done.stderr.decode()
+        self.assertIn("1 of no use to anybody", note, "the maker of the set may come back to it")
         self.assertRegex(text, rf"results +.* s +.* of process {maker.pid}\n")
         maker.communicate(timeout=TIMEOUT_S)
         self.assertEqual(sorted(file["state"] for file in self.fsck()[0]["files"]), ["damaged", "results", "sealed", "unsealed"])
-        self.assertIn("3 of no use to anybody", self.run_text("fsck", self.daemon.instance))
+        self.assertIn(b"3 of no use to anybody", self.cowctl("fsck", self.daemon.instance).stderr)
         repaired = self.fsck("--repair")[0]["files"]
         self.assertEqual([file["removed"] for file in repaired if file["state"] == "sealed"], [False])
         self.assertEqual(len([file for file in repaired if file["removed"]]), 3)
@@ -776,7 +776,7 @@ class Fsck(CowctlTest):
 
     def test_nothing_there(self):
         self.assertEqual(self.run_json("fsck", "no-such-instance"), [])
-        self.assertIn("nothing in shared memory", self.run_text("fsck", "no-such-instance"))
+        self.assertIn(b"nothing in shared memory", self.cowctl("fsck", "no-such-instance").stderr)
         self.refuse("invalid_argument", "fsck", "../x", says="letters")
 
 

@@ -75,8 +75,7 @@ TEST_F(Limits, OfOneOwner) {
   EXPECT_THAT(put(client, "large", 8 * kMiB), FailsWith(Errc::quota_exceeded));
   for (const std::string name : {"a", "b", "c"}) EXPECT_THAT(put(client, name, kMiB), Succeeds());
   EXPECT_THAT(put(client, "d", kMiB), FailsWith(Errc::quota_exceeded));
-  const std::vector<std::string> all = {"*"};
-  ASSERT_THAT(client.evict(all), Succeeds());
+  ASSERT_THAT(client.evict_matching("*"), Succeeds());
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
   EXPECT_THAT(put(client, "d", 7 * kMiB), Succeeds());
 }

@@ -59,11 +59,10 @@ TEST_F(Permissions, OfAnArrayAreThoseOfAFile) {
     EXPECT_THAT(other.pin(shown_name), FailsWith(Errc::permission_denied));
     EXPECT_THAT(put(other, "shown", 0600, true), FailsWith(Errc::permission_denied));
 
-    const std::vector<std::string> every = {"*"};
-    EXPECT_THAT(*other.pin(every), testing::ElementsAre("open")) << "a glob takes what it may";
-    EXPECT_THAT(other.pin(every, false), Succeeds());
+    EXPECT_THAT(*other.pin_matching("*"), testing::ElementsAre("open")) << "a pattern takes what it may";
+    EXPECT_THAT(other.pin_matching("*", false), Succeeds());
     EXPECT_THAT(put(other, "open", 0600, true), Succeeds());
-    EXPECT_THAT(other.evict(every)->names, testing::ElementsAre("open"));
+    EXPECT_THAT(other.evict_matching("*")->names, testing::ElementsAre("open"));
     EXPECT_THAT(other.evict_lru(1ULL << 40U)->names, testing::IsEmpty());
     EXPECT_THAT(other.shutdown(), FailsWith(Errc::permission_denied));
   }));

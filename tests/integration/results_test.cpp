@@ -304,7 +304,7 @@ TEST_F(Results, AreListed) {
   auto two = client.create_results("job/2", rows_of(10), 3);
   const auto slot = two->lease();
   EXPECT_EQ(client.list_results()->size(), 2U);
-  const auto listed = client.list_results("*2");
+  const auto listed = client.list_results_matching("*2");
   ASSERT_EQ(listed->size(), 1U);
   EXPECT_EQ(listed->front().name, "job/2");
   EXPECT_EQ(listed->front().leased, 1U);

@@ -61,7 +61,7 @@ TEST_F(Threads, AskSideBySide) {
   EXPECT_TRUE(eventually([&] { return client.stat("shared")->array.views == 1; }));
   EXPECT_EQ(client.ping()->sessions, 1U) << "all threads are one session";
   EXPECT_LE(client.clients()->front().channels, kThreads + 1);
-  ASSERT_THAT(client.evict(std::vector<std::string>{"*"}), Succeeds());
+  ASSERT_THAT(client.evict_matching("*"), Succeeds());
   EXPECT_TRUE(eventually([&] { return client.list()->size() == 1; })) << "the shared one drains";
 }
 

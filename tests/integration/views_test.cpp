@@ -175,10 +175,15 @@ TEST_F(Views, AreEvictedByPattern) {
   const Client client = connect();
   for (const std::string name : {"job/1", "job/2", "job/30", "other"}) (void)put(client, name);
   ASSERT_TRUE(nothing_is_viewed(client));
-  EXPECT_THAT(evict(client, {"job/?", "nothing*"}), FailsWith(Errc::not_found));
+  const auto evict_matching = [&](std::vector<std::string> patterns) {
+    return client.evict_matching(patterns);
+  };
+  EXPECT_THAT(evict(client, {"job/?"}), FailsWith(Errc::not_found)) << "there is none of that name";
+  EXPECT_THAT(evict_matching({"job/?", "nothing*"}), FailsWith(Errc::not_found));
   EXPECT_EQ(client.list()->size(), 4U) << "all or none";
-  EXPECT_THAT(evict(client, {"job/?"})->names, testing::UnorderedElementsAre("job/1", "job/2"));
-  EXPECT_THAT(evict(client, {"j*", "*er", "other"})->names, testing::UnorderedElementsAre("job/30", "other"));
+  EXPECT_THAT(evict_matching({"job/?"})->names, testing::UnorderedElementsAre("job/1", "job/2"));
+  EXPECT_THAT(evict_matching({"j*", "*er", "other"})->names,
+              testing::UnorderedElementsAre("job/30", "other"));
   EXPECT_EQ(client.ping()->used_bytes, 0U) << "what is free after the answer is free";
 }
 
@@ -216,11 +221,11 @@ TEST_F(Views, AreListedHoweverManyThereAre) {
   ASSERT_EQ(all->size(), static_cast<std::size_t>(kCount));
   for (int i = 0; i < kCount; ++i)
     EXPECT_EQ((*all)[static_cast<std::size_t>(i)].name, "n" + std::to_string(i)) << "in order of creation";
-  EXPECT_EQ(client.list("n1?")->size(), 10U);
-  EXPECT_EQ(client.list("n15*")->size(), 111U) << "n15, n150 to n159, n1500 to n1599";
+  EXPECT_EQ(client.list_matching("n1?")->size(), 10U);
+  EXPECT_EQ(client.list_matching("n15*")->size(), 111U) << "n15, n150 to n159, n1500 to n1599";
   EXPECT_EQ(client.ping()->arrays, static_cast<std::uint32_t>(kCount));
   ASSERT_TRUE(nothing_is_viewed(client));
-  EXPECT_EQ(evict(client, {"*"})->freed_bytes, all->size() * segment_bytes(1));
+  EXPECT_EQ(client.evict_matching("*")->freed_bytes, all->size() * segment_bytes(1));
 }
 
 TEST_F(Views, OfWhatIsThere) {

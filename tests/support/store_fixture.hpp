@@ -120,12 +120,21 @@ class StoreTest : public ShmTest {
   }
   void release(SessionId session, ArrayId id) { store_->release(session, id, tick()); }
 
-  Result<Store::Evicted> evict(SessionId session, const Names& patterns) {
-    return store_->evict(session, patterns);
+  // Names, where there are such arrays, else patterns.
+  [[nodiscard]] Selection select(SessionId session, const Names& texts) const {
+    auto selection = *store_->names_or_patterns(texts);
+    while (!*store_->search(session, selection)) {
+    }
+    return selection;
   }
-  Result<Names> pin(SessionId session, const Names& patterns) { return store_->pin(session, patterns, true); }
-  Result<Names> unpin(SessionId session, const Names& patterns) {
-    return store_->pin(session, patterns, false);
+  Result<Store::Evicted> evict(SessionId session, const Names& texts) {
+    return store_->evict(session, select(session, texts));
+  }
+  Result<Names> pin(SessionId session, const Names& texts) {
+    return store_->pin(session, select(session, texts), true);
+  }
+  Result<Names> unpin(SessionId session, const Names& texts) {
+    return store_->pin(session, select(session, texts), false);
   }
 
   // What the daemon does in the background: gives the memory of gone arrays back.
@@ -145,7 +154,9 @@ class StoreTest : public ShmTest {
   [[nodiscard]] std::uint64_t used_pages() const { return store_->memory_use().used_bytes / kPageBytes; }
   [[nodiscard]] Names listed(SessionId session, const std::string& pattern = "*") const {
     Names names;
-    for (const ArrayRecord* found : store_->list(session, pattern, 0, SIZE_MAX)) names.push_back(found->name);
+    const NameFilter filter{.pattern = *Glob::parse(pattern)};
+    for (const ArrayRecord* found : store_->list(session, filter, 0, SIZE_MAX).entries)
+      names.push_back(found->name);
     return names;
   }
 

@@ -14,6 +14,7 @@ DAEMON_LAYERS = [
     ["state_change"],
     ["shm_env", "shm_holders", "peer", "quota", "descriptors", "fd_store"],
     ["slot_table"],
+    ["selection"],
     ["store", "store_adoption"],
     ["results"],
     ["recovery"],

@@ -77,8 +77,8 @@ TEST_F(ResultSetsTest, WhoMayNotWriteMayNotLease) {
   EXPECT_THAT(results_->find(kStranger, id), FailsWith(Errc::permission_denied));
   EXPECT_THAT(results_->find_to_work(kStranger, id), FailsWith(Errc::permission_denied));
   EXPECT_THAT(results_->find(kStranger, id + 100), FailsWith(Errc::not_found));
-  EXPECT_THAT(results_->list(kStranger, "*", 0, 10), IsEmpty());
-  EXPECT_THAT(results_->list(kMate, "*", 0, 10), ElementsAre(&set(id)));
+  EXPECT_THAT(results_->list(kStranger, {}, 0, 10).entries, IsEmpty());
+  EXPECT_THAT(results_->list(kMate, {}, 0, 10).entries, ElementsAre(&set(id)));
   EXPECT_THAT(set(id).workers, IsEmpty());
 }
 
@@ -111,8 +111,13 @@ TEST_F(ResultSetsTest, ListsPageByPage) {
   const ArrayId first = make(kAlice, "a1", 1);
   make(kAlice, "b", 1);
   const ArrayId last = make_ragged(kAlice, "a2", 1);
-  EXPECT_THAT(results_->list(kAlice, "a*", 0, 1), ElementsAre(&set(first)));
-  EXPECT_THAT(results_->list(kAlice, "a*", first, 5), ElementsAre(&set(last)));
+  const NameFilter filter{.pattern = *Glob::parse("a*")};
+  const auto page = results_->list(kAlice, filter, 0, 1);
+  EXPECT_THAT(page.entries, ElementsAre(&set(first)));
+  EXPECT_EQ(page.next, first);
+  EXPECT_THAT(results_->list(kAlice, filter, first, 5).entries, ElementsAre(&set(last)));
+  EXPECT_EQ(results_->list(kAlice, filter, first, 5).next, 0U);
+  EXPECT_THAT(results_->list(kAlice, {.name = "b"}, 0, 5).entries.size(), 1U);
 }
 
 TEST_F(ResultSetsTest, ANameIsTakenByAnOpenSetAndByAnyRaggedOne) {

@@ -194,7 +194,7 @@ TEST_F(StoreRewrite, ACopyOfWhatWasTamperedWithMeanwhileGoes) {
 TEST_F(StoreRewrite, APinThatCameMeanwhileIsInTheCopy) {
   const ArrayId id = put_unlinked("x");
   Segment copy = begin_copy(id);
-  EXPECT_THAT(store_->pin(kAlice, Names{"x"}, true), Succeeds());
+  EXPECT_THAT(pin(kAlice, {"x"}), Succeeds());
   EXPECT_TRUE(store_->end_rewrite(id, std::move(copy)));
   const auto found = env_.find(id);
   ASSERT_THAT(found, Succeeds());
@@ -220,7 +220,7 @@ TEST_F(StoreRewrite, WhatLosesItsFileBeforeTheSealIsToBeRewrittenAfter) {
 
 TEST_F(StoreRewrite, APinGoesWithTheSealOfTheNextVersion) {
   put(kAlice, "x");
-  EXPECT_THAT(store_->pin(kAlice, Names{"x"}, true), Succeeds());
+  EXPECT_THAT(pin(kAlice, {"x"}), Succeeds());
   const ArrayId next = put(kAlice, "x", {.replace = true});
   EXPECT_TRUE(record(next).pinned);
   EXPECT_TRUE(env_.find(next)->file.is_pinned) << "the next daemon is to know";

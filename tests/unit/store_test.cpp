@@ -341,17 +341,6 @@ TEST_F(StoreTest, WhatIsBeingWrittenIsBusy) {
   EXPECT_THAT(evict(kAlice, {"*"}), FailsWith(Errc::not_found));
 }
 
-TEST_F(StoreTest, ANameThatHoldsGlobCharactersNamesItself) {
-  put(kAlice, "x1");
-  put(kAlice, "x[1]");
-  put(kAlice, "*");
-  put(kAlice, "a\\b");
-  EXPECT_THAT(evict(kAlice, {"*"})->names, ElementsAre("*"));
-  EXPECT_THAT(evict(kAlice, {"x[1]"})->names, ElementsAre("x[1]"));
-  EXPECT_THAT(evict(kAlice, {"a\\b"})->names, ElementsAre("a\\b"));
-  EXPECT_THAT(evict(kAlice, {"x[1]"})->names, ElementsAre("x1"));  // no array has that name any more: a glob
-}
-
 TEST_F(StoreTest, EvictLruTakesTheLeastRecentlyUsedUntilItIsEnough) {
   const ArrayId oldest = put(kAlice, "oldest");
   put(kAlice, "older");
@@ -681,19 +670,6 @@ TEST_F(StoreTest, FindPrefersTheSealedVersion) {
   EXPECT_EQ(store_->find(kAlice, "x").value()->id, first);
   seal(kAlice, second);
   EXPECT_EQ(store_->find(kAlice, "x").value()->id, second);
-}
-
-TEST_F(StoreTest, ListsPageByPageInTheOrderOfIds) {
-  for (const auto* name : {"a1", "b", "a2", "a3"}) put(kAlice, name);
-  put(kMate, "a4");
-  const auto page = store_->list(kAlice, "a*", 0, 2);
-  ASSERT_EQ(page.size(), 2U);
-  EXPECT_EQ(page[0]->name + page[1]->name, "a1a2");
-  const auto rest = store_->list(kAlice, "a*", page[1]->id, 2);
-  ASSERT_EQ(rest.size(), 1U);
-  EXPECT_EQ(rest[0]->name, "a3");
-  EXPECT_THAT(store_->list(kAlice, "a*", rest[0]->id, 2), IsEmpty());
-  EXPECT_THAT(listed(kAlice, "[ab]"), ElementsAre("b"));
 }
 
 TEST_F(StoreTest, TellsWhichNamesChanged) {

@@ -327,7 +327,7 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
     const bool pinned = pick(3) == 0;
     const auto refusal = refusal_of(name);
     if (!refusal) model_.arrays.at(model_.current(name)).pinned = pinned;
-    expect(store_->pin(pick_session(), Names{name}, pinned), refusal);
+    expect(pinned ? pin(pick_session(), {name}) : unpin(pick_session(), {name}), refusal);
   }
 
   void end_session() {

@@ -110,24 +110,37 @@ class Client {
   // when nobody has a view of it any more, permission_denied, tampered.
   [[nodiscard]] Result<Array> attach_id(std::uint64_t id, View view = View::shared) const;
 
-  // Takes the names that match any pattern (fnmatch(3) globs; at most 64) away now, their memory with the
-  // last view. All or none; a glob passes over what is pinned. Errors: not_found when a pattern matches
-  // nothing, pinned for a name that was spelled out, or when a glob matches nothing else, busy while one is
-  // being written, permission_denied.
-  [[nodiscard]] Result<EvictReport> evict(std::span<const std::string> patterns) const;
+  // Takes these names (at most 64) away now, their memory with the last view. All or none. A name is a name,
+  // whatever characters it holds. Errors: not_found, pinned, busy while one is being written,
+  // permission_denied.
+  [[nodiscard]] Result<EvictReport> evict(std::span<const std::string> names) const;
+  // The same for the names that match any of the patterns (at most 64, of at most 512 bytes): `*` stands for
+  // any characters, `?` for one, a backslash takes away the meaning of what follows it. Passes over what is
+  // pinned. Errors: not_found when a pattern matches nothing, pinned when they match nothing else,
+  // invalid_argument, also when to hold them against all names takes too long.
+  [[nodiscard]] Result<EvictReport> evict_matching(std::span<const std::string> patterns) const;
+  [[nodiscard]] Result<EvictReport> evict_matching(std::string_view pattern) const;
   // Evicts unpinned, unviewed arrays that the caller may write, evictable or not, least recently used first,
   // until `size_bytes` are freed or none is left.
   [[nodiscard]] Result<EvictReport> evict_lru(std::uint64_t size_bytes) const;
 
-  // Pinned arrays are never evicted. Returns the names that matched. Errors: not_found, permission_denied.
-  [[nodiscard]] Result<std::vector<std::string>> pin(std::span<const std::string> patterns,
+  // Pinned arrays are never evicted. Returns the names. Errors: not_found, permission_denied.
+  [[nodiscard]] Result<std::vector<std::string>> pin(std::span<const std::string> names,
                                                      bool pinned = true) const;
+  // The same for the names that match any of the patterns, as evict_matching().
+  [[nodiscard]] Result<std::vector<std::string>> pin_matching(std::span<const std::string> patterns,
+                                                              bool pinned = true) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin_matching(std::string_view pattern,
+                                                              bool pinned = true) const;
 
   // The sealed version of `name`; if there is none, one that is being written or drained. Errors: not_found,
   // permission_denied.
   [[nodiscard]] Result<ArrayDetails> stat(std::string_view name) const;
-  // Arrays whose name matches the glob, those being written or drained too, in order of creation.
-  [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view pattern = "*") const;
+  // All arrays that this process may read, those being written or drained too, in order of creation; or those
+  // of one name; or those whose name matches a pattern, as evict_matching(). Empty when there are none.
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list() const;
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view name) const;
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list_matching(std::string_view pattern) const;
   [[nodiscard]] Result<std::vector<ClientInfo>> clients() const;
 
   // A dense result set: one C-order output array of `spec`, its rows split into `slots` slots (at least 1;
@@ -147,7 +160,10 @@ class Client {
   // The oldest result set of the queue that has a free slot; waits up to `wait` until there is one. Sees only
   // sets that this process's user made. Errors: timed_out.
   [[nodiscard]] Result<ResultSet> open_queued(std::string_view queue, Milliseconds wait = kForever) const;
-  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view pattern = "*") const;
+  // As list() and list_matching().
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results() const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view name) const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results_matching(std::string_view pattern) const;
 
   [[nodiscard]] Result<DaemonInfo> ping() const;
   // Asks the daemon to stop. Its arrays stay for the next daemon of the instance, unless `purge`. Errors:
@@ -158,6 +174,12 @@ class Client {
   [[nodiscard]] const std::string& socket() const noexcept;
 
  private:
+  // `texts` are names, or patterns.
+  [[nodiscard]] Result<EvictReport> evict(std::span<const std::string> texts, bool are_patterns) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin(std::span<const std::string> texts, bool are_patterns,
+                                                     bool pinned) const;
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view text, bool is_pattern) const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view text, bool is_pattern) const;
   explicit Client(std::shared_ptr<detail::Connection> connection) noexcept
       : connection_(std::move(connection)) {}
 

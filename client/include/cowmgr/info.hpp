@@ -150,6 +150,7 @@ struct EvictReport {
   std::vector<std::string> names;  // evicted
   std::uint64_t freed_bytes =
       0;  // freed at once; the rest drains, or others than the library's users hold it
+  std::vector<std::string> passed_over{};  // pinned, though a pattern matched them: not evicted
 };
 
 }  // namespace cowmgr
