@@ -595,17 +595,25 @@ Result<std::optional<std::uint64_t>> ResultSet::settled_at(std::uint64_t rank, M
   return impl_->table().settled_at(rank);
 }
 
+namespace {
+
+bool is_settled(const SlotInfo& slot) {
+  return slot.state == SlotState::committed || slot.state == SlotState::failed;
+}
+
+}  // namespace
+
 Result<SlotInfo> ResultSet::wait_slot(std::uint64_t index, Milliseconds wait) const {
   const detail::Patience patience(wait);
   for (;;) {
     const std::uint64_t settled = impl_->table().settled();
     SlotInfo now = slot(index);
-    if (now.content != SlotContent::none) return now;
+    if (is_settled(now)) return now;
     const bool is_last = patience.is_over();
     const auto info = impl_->ask({.settled = settled, .wait_ms = patience.next_ms()});
     if (!info) return error_of(info);
     now = slot(index);
-    if (now.content != SlotContent::none) return now;
+    if (is_settled(now)) return now;
     if (info->state == ResultsState::cancelled)
       return fail(Errc::cancelled, fmt::format("result set {} was cancelled", printable(name())));
     if (is_last) return tl::unexpected(unfinished(*info));
@@ -614,9 +622,9 @@ Result<SlotInfo> ResultSet::wait_slot(std::uint64_t index, Milliseconds wait) co
 
 // ---- ResultSet: reading ----
 
-SlotInfo ResultSet::slot(std::uint64_t index) const {
-  COWMGR_ASSERT(index < slots());
-  const SlotSnapshot held = impl_->table().slot(index);
+namespace {
+
+SlotInfo slot_info(const ResultSegment& table, std::uint64_t index, const SlotSnapshot& held) {
   SlotInfo info{.index = index,
                 .state = held.state,
                 .content = held.content,
@@ -626,13 +634,11 @@ SlotInfo ResultSet::slot(std::uint64_t index) const {
                 .size_bytes = held.size_bytes};
   if (held.content == SlotContent::array) info.array_id = held.place;
   if (held.content == SlotContent::reason) {
-    const auto text = impl_->table().value(held);
+    const auto text = table.value(held);
     info.reason.assign(reinterpret_cast<const char*>(text.data()), text.size());
   }
   return info;
 }
-
-namespace {
 
 Error holds_no(std::string_view what, const SlotInfo& slot) {
   if (slot.state == SlotState::failed)
@@ -644,10 +650,17 @@ Error holds_no(std::string_view what, const SlotInfo& slot) {
 
 }  // namespace
 
+SlotInfo ResultSet::slot(std::uint64_t index) const {
+  COWMGR_ASSERT(index < slots());
+  return slot_info(impl_->table(), index, impl_->table().slot(index));
+}
+
 Result<std::span<const std::byte>> ResultSet::value(std::uint64_t index) const {
-  const SlotSnapshot held = impl_->table().slot(index);
-  if (held.content != SlotContent::value) return tl::unexpected(holds_no("value", slot(index)));
-  return impl_->table().value(held);
+  const auto& table = impl_->table();
+  const SlotSnapshot held = table.slot(index);
+  if (held.content != SlotContent::value)
+    return tl::unexpected(holds_no("value", slot_info(table, index, held)));
+  return table.value(held);
 }
 
 Result<Array> ResultSet::array(std::uint64_t index) const {

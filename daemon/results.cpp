@@ -213,19 +213,19 @@ Result<void> ResultSets::adopt(const ResultRecord& record, const ArraySpec& spec
 void ResultSets::adopt_allocated(ResultSetRecord& set, Time now) {
   for (const SessionId holder : set.table.holders()) {
     for (const SlotIndex slot : set.table.held_by(holder)) {
-      const SlotSnapshot held = set.table.slot(slot);
-      if (held.content != SlotContent::array) continue;
+      const ArrayId noted = set.table.noted_array(slot);
+      if (noted == 0) continue;
       const std::string name = fmt::format("{}/{}", set.name, slot);
-      if (const ArrayRecord* sealed = store_.find(held.place); sealed != nullptr && sealed->name == name) {
+      if (const ArrayRecord* sealed = store_.find(noted); sealed != nullptr && sealed->name == name) {
         const auto ok = set.table.commit_array(holder, slot, sealed->id, sealed->data_bytes, now);
         COWMGR_ASSERT(ok.has_value());
         continue;
       }
       set.table.note_array(slot, 0);
-      const ArraySpec* spec = store_.unclaimed_spec(held.place);
+      const ArraySpec* spec = store_.unclaimed_spec(noted);
       if (spec == nullptr) continue;
       const CreateRequest request{.name = name, .spec = *spec, .owner = set.owner};
-      if (store_.claim(kHouse, held.place, request, now)) allocated(set, slot, held.place);
+      if (store_.claim(kHouse, noted, request, now)) allocated(set, slot, noted);
     }
   }
 }

@@ -19,6 +19,10 @@ std::uint32_t attempt_of(const SlotEntry& entry) noexcept {
   return static_cast<std::uint32_t>(entry.word.load(std::memory_order_relaxed) >> 32U);
 }
 
+SlotContent content_of(const SlotEntry& entry) noexcept {
+  return content_in(entry.word.load(std::memory_order_relaxed));
+}
+
 }  // namespace
 
 SlotTable::SlotTable(std::byte* memory, std::uint64_t slots, std::uint64_t backed_bytes,
@@ -60,17 +64,18 @@ void SlotTable::write(SlotIndex slot, SlotState state, SlotContent content, std:
 // Whether what the slot says is what a daemon writes: nothing is read from a place that is not the segment's.
 bool SlotTable::is_whole(SlotIndex slot) const noexcept {
   const SlotSnapshot now = snapshot_of(entry(slot));
+  const SlotContent content = content_of(entry(slot));
   switch (now.state) {
     case SlotState::free:
-      return now.content == SlotContent::none;
+      return content == SlotContent::none;
     case SlotState::leased:
-      return now.holder != 0 && (now.content == SlotContent::none || now.content == SlotContent::array);
+      return now.holder != 0 && (content == SlotContent::none || content == SlotContent::array);
     case SlotState::committed:
-      if (now.content == SlotContent::rows || now.content == SlotContent::array) return true;
-      if (now.content != SlotContent::value) return false;
+      if (content == SlotContent::rows || content == SlotContent::array) return true;
+      if (content != SlotContent::value) return false;
       break;
     case SlotState::failed:
-      if (now.content != SlotContent::reason) return false;
+      if (content != SlotContent::reason) return false;
       break;
     default:
       return false;
@@ -99,7 +104,7 @@ Result<void> SlotTable::adopt(Tick now) {
         ++failed_;
         break;
     }
-    const SlotContent content = snapshot_of(at).content;
+    const SlotContent content = content_of(at);
     if (content == SlotContent::value || content == SlotContent::reason)
       used_bytes_ = std::max(used_bytes_, at.place + at.size_bytes);
     // Up to the last that was ever leased.
@@ -214,6 +219,11 @@ void SlotTable::note_array(SlotIndex slot, std::uint64_t id) {
   std::atomic_ref(to.place).store(id, std::memory_order_relaxed);
   to.word.store(word | static_cast<std::uint64_t>(SlotContent::array) << 8U, std::memory_order_release);
   note_state_change();
+}
+
+std::uint64_t SlotTable::noted_array(SlotIndex slot) const noexcept {
+  const SlotEntry& at = entry(slot);
+  return state(slot) == SlotState::leased && content_of(at) == SlotContent::array ? at.place : 0;
 }
 
 tl::unexpected<Error> SlotTable::not_leased(SlotIndex slot) const {

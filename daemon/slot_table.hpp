@@ -75,6 +75,8 @@ class SlotTable {
   [[nodiscard]] bool was_committed(SlotIndex slot, std::uint32_t attempt) const noexcept;
   // Notes which array the holder of `slot` is writing; 0: none any more.
   void note_array(SlotIndex slot, std::uint64_t id);
+  // What was noted of a leased slot, by this daemon or an earlier one; 0: nothing.
+  [[nodiscard]] std::uint64_t noted_array(SlotIndex slot) const noexcept;
   // From here on the lease does not run out: its holder was in time, and the daemon is at work.
   void hold(SlotIndex slot) { forget_deadline(slot); }
   // The daemon is done, and the slot is still leased: its time begins again.

@@ -208,11 +208,11 @@ std::uint64_t ResultSegment::settled_at(std::uint64_t rank) const noexcept {
 SlotSnapshot snapshot_of(const SlotEntry& entry) noexcept {
   const std::uint64_t word = entry.word.load(std::memory_order_acquire);
   SlotSnapshot slot{.state = static_cast<SlotState>(word & 0xFFU),
-                    .content = static_cast<SlotContent>(word >> 8U & 0xFFU),
                     .attempt = static_cast<std::uint32_t>(word >> 32U),
                     .holder = entry.holder.load(std::memory_order_relaxed),
                     .since_us = entry.since_us.load(std::memory_order_relaxed)};
-  if (slot.content == SlotContent::none) return slot;
+  if (slot.state != SlotState::committed && slot.state != SlotState::failed) return slot;
+  slot.content = content_in(word);
   slot.place = entry.place;
   slot.size_bytes = entry.size_bytes;
   return slot;

@@ -5,7 +5,8 @@
 // 2. `word` of a slot and `settled` of the header are each written last, with release order: whoever reads
 //    them with acquire order sees all that they speak of.
 // 3. A slot that is committed or failed does not change any more. What a free or leased slot says besides its
-//    word is a hint: it may change while it is being read.
+//    word may change while it is being read: SlotSnapshot leaves out what it holds, so that nobody takes what
+//    is still being written for a result.
 // 4. It is the set's record: a daemon that finds it knows all that the one before knew of the set.
 #pragma once
 
@@ -32,12 +33,12 @@ inline constexpr std::uint32_t kArrayValue = UINT32_MAX;  // in CommitSlots: the
 
 enum class SlotState : std::uint8_t { free, leased, committed, failed };
 
-// What a slot holds.
+// What a slot holds, once it is settled.
 enum class SlotContent : std::uint8_t {
   none,
   rows,    // committed: its rows of the dense set's output array
   value,   // committed: bytes in this segment
-  array,   // committed: an array of its own; leased: one that its holder is writing
+  array,   // committed: an array of its own. Leased, for the daemon alone: one that its holder is writing
   reason,  // failed: text in this segment
 };
 
@@ -150,15 +151,20 @@ void write_result_header(std::byte* memory, const ResultRecord& record, const Re
 // A copy of what a slot said at one moment.
 struct SlotSnapshot {
   SlotState state{};
-  SlotContent content{};
   std::uint32_t attempt = 0;
   std::uint64_t holder = 0;
   std::int64_t since_us = 0;
+  // What it holds: of a slot that is committed or failed, and of no other.
+  SlotContent content = SlotContent::none;
   std::uint64_t place = 0;
   std::uint64_t size_bytes = 0;
 };
 
 [[nodiscard]] SlotSnapshot snapshot_of(const SlotEntry& entry) noexcept;
+// What the word of a slot says it holds, settled or not: for who writes it.
+[[nodiscard]] inline SlotContent content_in(std::uint64_t word) noexcept {
+  return static_cast<SlotContent>(word >> 8U & 0xFFU);
+}
 
 // A mapped result segment, for reading. Borrows the memory.
 class ResultSegment {

@@ -150,6 +150,18 @@ TEST_F(PoolTest, KeepsResultsOfAnySize) {
   EXPECT_TRUE(eventually([&] { return client.ping()->arrays == 0; }));
 }
 
+// Longer than a value may be: it lies in an array, which the reader must not look for too early.
+TEST_F(PoolTest, WaitsForAResultThatLiesInAnArray) {
+  const Client client = connect();
+  const Pool pool = start_pool(client);
+  for (int i = 0; i < 20; ++i) {
+    const auto sevens =
+        pool.apply([](std::uint64_t n) { return std::vector<Item>(n, 7); }, std::uint64_t{20'000});
+    ASSERT_THAT(sevens, Succeeds());
+    EXPECT_EQ(*sevens, std::vector<Item>(20'000, 7));
+  }
+}
+
 TEST_F(PoolTest, LetsATaskFillItsSlotWithAnArrayOfItsOwn) {
   const Client client = connect();
   const Pool pool = start_pool(client);

@@ -93,6 +93,29 @@ TEST_F(Ragged, HoldArraysOfAnyTypeAndShape) {
   EXPECT_EQ(arrays_of(client).size(), 3U) << "what was allocated and replaced is gone";
 }
 
+// An array that is allocated, and still being written, is no result.
+TEST_F(Ragged, AreNotReadBeforeTheCommit) {
+  const Client client = connect();
+  ResultSet set = make(client, 2);
+  Slot slot = lease(set);
+  ASSERT_THAT(slot.allocate({Dtype::of<std::int64_t>(), {20'000}}), Succeeds());
+  EXPECT_THAT(set.wait_slot(0, milliseconds(0)), FailsWith(Errc::timed_out));
+  const auto early = set.array(0);
+  ASSERT_THAT(early, FailsWith(Errc::not_found));
+  EXPECT_EQ(early.error().message, "slot 0 is not committed yet");
+  EXPECT_EQ(set.slot(0).content, SlotContent::none);
+  Child waiter([&](const Link& test) {
+    const Client own = connect();
+    const auto opened = own.open_results("set");
+    test.say("waits");
+    EXPECT_EQ(opened->wait_slot(0)->state, SlotState::committed);
+    EXPECT_THAT(opened->array(0), Succeeds());
+  });
+  waiter.expect("waits");
+  EXPECT_THAT(slot.commit(), Succeeds());
+  EXPECT_EQ(waiter.wait(), 0);
+}
+
 TEST_F(Ragged, AreReadAsTheyComplete) {
   const Client client = connect();
   ResultSet set = make(client, 4);

@@ -144,6 +144,19 @@ TEST(ResultSegment, ASlotThatIsNotSettledPointsNowhere) {
   EXPECT_THAT(memory.segment().value(slot), IsEmpty());
 }
 
+// The daemon notes there which array the holder writes: nobody else may take that for the result.
+TEST(ResultSegment, ASlotHoldsNothingUntilItIsSettled) {
+  ResultMemory memory(kSet, 2, 0);
+  write_slot(memory, 0, 0x0000'0001'0000'0301, 123, 456);  // leased, and its holder writes the array 123
+  write_slot(memory, 1, 0x0000'0001'0000'0300, 123, 456);  // free
+  for (const std::uint64_t index : {0U, 1U}) {
+    const SlotSnapshot slot = memory.segment().slot(index);
+    EXPECT_EQ(slot.content, SlotContent::none);
+    EXPECT_EQ(slot.place, 0U);
+    EXPECT_EQ(slot.size_bytes, 0U);
+  }
+}
+
 TEST(ResultSegment, OnlyValuesAndReasonsLieInTheSegment) {
   ResultMemory memory(kSet, 4, 16);
   const std::uint64_t place = memory.layout().values_offset;

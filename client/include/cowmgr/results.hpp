@@ -89,11 +89,12 @@ class Slot {
   std::unique_ptr<detail::SlotImpl> impl_;
 };
 
-// What the set's segment says of a slot, at one moment.
+// What the set's segment says of a slot, at one moment. What it holds stands there once it is committed or
+// failed, and does not change from then on.
 struct SlotInfo {
   std::uint64_t index = 0;
   SlotState state{};
-  SlotContent content{};
+  SlotContent content{};         // none, until it is committed or failed
   std::uint32_t attempt = 0;     // of the last lease; 0: never leased
   std::uint64_t session = 0;     // that holds it; see Client::clients()
   SystemTime since;              // of the state; the epoch: never leased
