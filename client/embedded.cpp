@@ -8,6 +8,8 @@
 #include <spawn.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <vector>
@@ -37,12 +39,32 @@ std::string random_instance() {
   return fmt::format("embedded-{:08x}{:08x}", random(), random());
 }
 
-Result<std::string> make_directory() {
-  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
-  std::string path =
-      std::string(runtime != nullptr && *runtime != '\0' ? runtime : "/tmp") + "/cowmgr-XXXXXX";
+constexpr const char* kSocketName = "/cowmgr.sock";
+constexpr const char* kDirectoryName = "/cowmgr-XXXXXX";
+
+// A directory of this user's alone (mode 0700) below `parent`.
+Result<std::string> make_directory_in(const std::string& parent) {
+  std::string path = parent + kDirectoryName;
   if (::mkdtemp(path.data()) == nullptr) return tl::unexpected(os_error("mkdtemp", path, errno));
   return path;
+}
+
+// Whether this user's runtime directory can hold the socket. Batch systems name one that is not there, su(1)
+// that of another user, who may take it away; and a socket's name has 107 bytes at most.
+bool is_usable(const std::string& runtime) {
+  struct stat status {};
+  return runtime.starts_with('/') &&
+         (runtime + kDirectoryName + kSocketName).size() < sizeof(sockaddr_un::sun_path) &&
+         ::stat(runtime.c_str(), &status) == 0 && S_ISDIR(status.st_mode) && status.st_uid == ::geteuid();
+}
+
+Result<std::string> make_directory() {
+  const char* variable = std::getenv("XDG_RUNTIME_DIR");
+  const std::string runtime = variable != nullptr ? variable : "";
+  if (is_usable(runtime)) {
+    if (auto made = make_directory_in(runtime)) return made;
+  }
+  return make_directory_in("/tmp");
 }
 
 // Starts `arguments` with `lifeline` as its descriptor kChildFd.
@@ -115,7 +137,7 @@ Result<EmbeddedDaemon> EmbeddedDaemon::start(const EmbeddedOptions& options) {
   auto directory = make_directory();
   if (!directory) return error_of(std::move(directory));
   impl->directory = *std::move(directory);
-  impl->socket = impl->directory + "/cowmgr.sock";
+  impl->socket = impl->directory + kSocketName;
   int ends[2] = {-1, -1};
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
     return tl::unexpected(os_error("socketpair", "AF_UNIX", errno));

@@ -5,7 +5,9 @@
 #include <optional>
 #include <string>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <unistd.h>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -66,6 +68,31 @@ TEST_F(Embedded, TakesItsCapacityFromTheCaller) {
   options_.capacity_bytes = 3 << 20;
   const auto daemon = EmbeddedDaemon::start(options_);
   EXPECT_EQ(daemon->connect()->ping()->capacity_bytes, 3U << 20U);
+}
+
+// As batch systems, su(1) and long paths leave it.
+TEST_F(Embedded, StartsWhereTheRuntimeDirectoryIsOfNoUse) {
+  const std::string long_name = directory_.file(std::string(90, 'x'));
+  ASSERT_TRUE(std::filesystem::create_directory(long_name));
+  std::vector<std::string> useless = {directory_.file("missing"), long_name, "relative", ""};
+  if (::geteuid() == 0) {
+    useless.push_back(directory_.file("another user's"));
+    std::filesystem::create_directory(useless.back());
+    ASSERT_EQ(::chown(useless.back().c_str(), 65534, 65534), 0);
+  }
+  for (const auto& path : useless) {
+    ::setenv("XDG_RUNTIME_DIR", path.c_str(), 1);
+    const auto daemon = EmbeddedDaemon::start(options_);
+    ASSERT_THAT(daemon, Succeeds()) << path;
+    EXPECT_THAT(daemon->connect(), Succeeds());
+    const auto directory = std::filesystem::path(daemon->socket()).parent_path();
+    EXPECT_EQ(directory.parent_path(), "/tmp") << path;
+    struct stat status {};
+    ASSERT_EQ(::stat(directory.c_str(), &status), 0);
+    EXPECT_EQ(status.st_mode & 07777U, 0700U);
+  }
+  std::filesystem::remove(long_name);
+  std::filesystem::remove(directory_.file("another user's"));
 }
 
 TEST_F(Embedded, EndsWithAParentThatIsKilled) {

@@ -20,8 +20,9 @@ struct EmbeddedOptions {
 // object goes or the process ends, however it ends; views that other processes hold stay valid. Move-only.
 class EmbeddedDaemon {
  public:
-  // Starts the daemon and returns when it serves. Errors: not_found when there is no cowmgr program,
-  // no_daemon when it ended at once (its log says why).
+  // Starts the daemon and returns when it serves. Its socket lies in a directory that only this user can
+  // enter, in $XDG_RUNTIME_DIR, or in /tmp where that is not there, another user's, or too long a name.
+  // Errors: not_found when there is no cowmgr program, no_daemon when it ended at once (its log says why).
   [[nodiscard]] static Result<EmbeddedDaemon> start(const EmbeddedOptions& options = {});
 
   EmbeddedDaemon(EmbeddedDaemon&&) noexcept;
