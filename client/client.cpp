@@ -32,11 +32,20 @@ std::string find_socket() {
   return kSystemSocket;
 }
 
+std::string find_daemon_user() {
+  const char* user = std::getenv("COWMGR_DAEMON_USER");
+  return user != nullptr ? user : "";
+}
+
 // Refuses here what the daemon would refuse: strings with NUL do not survive every step.
 Result<void> check(std::string_view name, const ArraySpec& spec) {
   if (auto ok = check_name(name); !ok) return ok;
   if (auto bytes = data_bytes(spec); !bytes) return error_of(std::move(bytes));
   return {};
+}
+
+std::vector<std::string> strings_of(std::initializer_list<std::string_view> texts) {
+  return {texts.begin(), texts.end()};
 }
 
 EvictReport report_of(const wire::Names& names) {
@@ -91,6 +100,7 @@ Result<Client> Client::connect(const ConnectOptions& options) {
   auto connection =
       detail::Connection::open(options.socket.empty() ? find_socket() : options.socket,
                                options.command.empty() ? program_invocation_short_name : options.command,
+                               options.daemon_user.empty() ? find_daemon_user() : options.daemon_user,
                                options.reconnect, options.wait);
   if (!connection) return error_of(std::move(connection));
   return Client(*std::move(connection));
@@ -100,8 +110,7 @@ const std::string& Client::socket() const noexcept {
   return connection_->socket();
 }
 
-Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
-                                   const CreateOptions& options) const {
+Result<ArrayWriter> Client::create(NameRef name, const ArraySpec& spec, const CreateOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
   const detail::WritingRequest request{std::string(name), spec, options};
   auto reply = connection_->call<wire::Created>([&](Builder& b) { return pack(b, request); });
@@ -123,7 +132,7 @@ Result<ArrayWriter> Client::create(std::string_view name, const ArraySpec& spec,
                                                           std::move(reply->fds()[1]), options.checksum));
 }
 
-Result<Array> Client::put(std::string_view name, const ArraySpec& spec, std::span<const std::byte> data,
+Result<Array> Client::put(NameRef name, const ArraySpec& spec, std::span<const std::byte> data,
                           const CreateOptions& options) const {
   const auto expected = data_bytes(spec);
   if (!expected) return error_of(expected);
@@ -138,7 +147,7 @@ Result<Array> Client::put(std::string_view name, const ArraySpec& spec, std::spa
   return writer->seal();
 }
 
-Result<Array> Client::attach(std::string_view name, const AttachOptions& options) const {
+Result<Array> Client::attach(NameRef name, const AttachOptions& options) const {
   const std::string names[] = {std::string(name)};
   auto arrays = attach(names, options);
   if (!arrays) return error_of(std::move(arrays));
@@ -168,6 +177,11 @@ Result<std::vector<Array>> Client::attach(std::span<const std::string> names,
   }
 }
 
+Result<std::vector<Array>> Client::attach(std::initializer_list<std::string_view> names,
+                                          const AttachOptions& options) const {
+  return attach(strings_of(names), options);
+}
+
 Result<Array> Client::attach_id(std::uint64_t id, View view) const {
   const std::vector<std::uint64_t> ids = {id};
   auto arrays = detail::ArrayImpl::attach(connection_, ids, view);
@@ -183,8 +197,12 @@ Result<EvictReport> Client::evict_matching(std::span<const std::string> patterns
   return evict(patterns, true);
 }
 
-Result<EvictReport> Client::evict_matching(std::string_view pattern) const {
-  return evict(std::vector<std::string>{std::string(pattern)}, true);
+Result<EvictReport> Client::evict_matching(std::initializer_list<std::string_view> patterns) const {
+  return evict_matching(strings_of(patterns));
+}
+
+Result<EvictReport> Client::evict_matching(NameRef pattern) const {
+  return evict_matching({std::string_view(pattern)});
 }
 
 Result<EvictReport> Client::evict(std::span<const std::string> texts, bool are_patterns) const {
@@ -195,6 +213,14 @@ Result<EvictReport> Client::evict(std::span<const std::string> texts, bool are_p
   });
   if (!reply) return error_of(reply);
   return report_of(**reply);
+}
+
+Result<EvictReport> Client::evict(std::initializer_list<std::string_view> names) const {
+  return evict(strings_of(names));
+}
+
+Result<EvictReport> Client::evict(NameRef name) const {
+  return evict({std::string_view(name)});
 }
 
 Result<EvictReport> Client::evict_lru(std::uint64_t size_bytes) const {
@@ -214,8 +240,13 @@ Result<std::vector<std::string>> Client::pin_matching(std::span<const std::strin
   return pin(patterns, true, pinned);
 }
 
-Result<std::vector<std::string>> Client::pin_matching(std::string_view pattern, bool pinned) const {
-  return pin(std::vector<std::string>{std::string(pattern)}, true, pinned);
+Result<std::vector<std::string>> Client::pin_matching(std::initializer_list<std::string_view> patterns,
+                                                      bool pinned) const {
+  return pin_matching(strings_of(patterns), pinned);
+}
+
+Result<std::vector<std::string>> Client::pin_matching(NameRef pattern, bool pinned) const {
+  return pin_matching({std::string_view(pattern)}, pinned);
 }
 
 Result<std::vector<std::string>> Client::pin(std::span<const std::string> texts, bool are_patterns,
@@ -228,7 +259,16 @@ Result<std::vector<std::string>> Client::pin(std::span<const std::string> texts,
   return detail::strings_of((*reply)->names());
 }
 
-Result<ArrayDetails> Client::stat(std::string_view name) const {
+Result<std::vector<std::string>> Client::pin(std::initializer_list<std::string_view> names,
+                                             bool pinned) const {
+  return pin(strings_of(names), pinned);
+}
+
+Result<std::vector<std::string>> Client::pin(NameRef name, bool pinned) const {
+  return pin({std::string_view(name)}, pinned);
+}
+
+Result<ArrayDetails> Client::stat(NameRef name) const {
   const auto reply = connection_->call<wire::ArrayDetails>(
       [&](Builder& b) { return wire::CreateStatArray(b, b.CreateString(name.data(), name.size())); });
   if (!reply) return error_of(reply);
@@ -247,11 +287,11 @@ Result<std::vector<ArrayInfo>> Client::list() const {
   return list("*", true);
 }
 
-Result<std::vector<ArrayInfo>> Client::list(std::string_view name) const {
+Result<std::vector<ArrayInfo>> Client::list(NameRef name) const {
   return list(name, false);
 }
 
-Result<std::vector<ArrayInfo>> Client::list_matching(std::string_view pattern) const {
+Result<std::vector<ArrayInfo>> Client::list_matching(NameRef pattern) const {
   return list(pattern, true);
 }
 
@@ -319,7 +359,7 @@ Result<void> check(const ResultsOptions& options) {
 
 }  // namespace
 
-Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec& spec, std::uint64_t slots,
+Result<ResultSet> Client::create_results(NameRef name, const ArraySpec& spec, std::uint64_t slots,
                                          const ResultsOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
   if (auto ok = check(options); !ok) return error_of(std::move(ok));
@@ -340,7 +380,7 @@ Result<ResultSet> Client::create_results(std::string_view name, const ArraySpec&
   return ResultSet(*std::move(set));
 }
 
-Result<ResultSet> Client::create_ragged(std::string_view name, std::uint64_t slots,
+Result<ResultSet> Client::create_ragged(NameRef name, std::uint64_t slots,
                                         const ResultsOptions& options) const {
   if (auto ok = check_name(name); !ok) return error_of(std::move(ok));
   if (auto ok = check(options); !ok) return error_of(std::move(ok));
@@ -377,7 +417,7 @@ Result<std::shared_ptr<detail::ResultSetImpl>> open_set(const std::shared_ptr<de
 
 }  // namespace
 
-Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait) const {
+Result<ResultSet> Client::open_results(NameRef name, Milliseconds wait) const {
   auto set = open_set(connection_, wait, [&](Builder& b, std::uint32_t wait_ms) {
     return wire::CreateOpenResults(b, b.CreateString(name.data(), name.size()), wait_ms);
   });
@@ -385,7 +425,7 @@ Result<ResultSet> Client::open_results(std::string_view name, Milliseconds wait)
   return ResultSet(*std::move(set));
 }
 
-Result<ResultSet> Client::open_queued(std::string_view queue, Milliseconds wait) const {
+Result<ResultSet> Client::open_queued(NameRef queue, Milliseconds wait) const {
   auto set = open_set(connection_, wait, [&](Builder& b, std::uint32_t wait_ms) {
     return wire::CreateOpenResults(b, 0, wait_ms, b.CreateString(queue.data(), queue.size()));
   });
@@ -397,11 +437,11 @@ Result<std::vector<ResultsInfo>> Client::list_results() const {
   return list_results("*", true);
 }
 
-Result<std::vector<ResultsInfo>> Client::list_results(std::string_view name) const {
+Result<std::vector<ResultsInfo>> Client::list_results(NameRef name) const {
   return list_results(name, false);
 }
 
-Result<std::vector<ResultsInfo>> Client::list_results_matching(std::string_view pattern) const {
+Result<std::vector<ResultsInfo>> Client::list_results_matching(NameRef pattern) const {
   return list_results(pattern, true);
 }
 

@@ -7,12 +7,14 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <random>
-#include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <utility>
 
 #include <fmt/format.h>
 
+#include "client/deadlock.hpp"
+#include "client/server_check.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
 
@@ -25,8 +27,12 @@ constexpr auto kFlushPause = std::chrono::milliseconds(1);
 // Between two tries to find a daemon.
 constexpr auto kFirstReconnect = std::chrono::microseconds(2'000);
 constexpr auto kLongestReconnect = std::chrono::microseconds(500'000);
+// How often the watcher looks whether what it watches is still its own: poll(2) is not told when a descriptor
+// is closed, and keeps the socket open meanwhile.
+constexpr auto kLook = std::chrono::milliseconds(1000);
 
-// With all signals blocked: the program's handlers run in the program's threads. Null when none is to be had.
+// With all signals blocked: the program's handlers run in the program's threads. With a name by which they
+// are told from the program's (deadlock.cpp). Null when none is to be had.
 template <class Work>
 std::unique_ptr<std::thread> start_thread(Work work) noexcept {
   sigset_t all;
@@ -35,7 +41,10 @@ std::unique_ptr<std::thread> start_thread(Work work) noexcept {
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
   std::unique_ptr<std::thread> thread;
   try {
-    thread = std::make_unique<std::thread>(std::move(work));
+    thread = std::make_unique<std::thread>([work = std::move(work)] {
+      ::prctl(PR_SET_NAME, kThreadName);
+      work();
+    });
   } catch (const std::exception&) {
   }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -67,6 +76,7 @@ class Opening {
 
 Channel::Channel(UniqueFd socket, std::uint64_t epoch)
     : socket_(std::move(socket)),
+      mark_(socket_.get()),
       epoch_(epoch),
       buffer_(new std::byte[kMaxFrameBytes]),
       generation_(fork_generation()) {
@@ -77,10 +87,11 @@ Channel::~Channel() {
   // In a child the number was closed at the fork, and may be another file by now.
   if (generation_ != fork_generation()) {
     (void)socket_.release();
-  } else {
-    shutdown();  // it may be watched through a duplicate
-    forget_fd(socket_.get());
+    return;
   }
+  shutdown();  // it may be watched through a duplicate
+  forget_fd(socket_.get());
+  if (!is_intact()) (void)socket_.release();
 }
 
 Builder& Channel::builder() noexcept {
@@ -89,7 +100,7 @@ Builder& Channel::builder() noexcept {
 }
 
 void Channel::shutdown() const noexcept {
-  ::shutdown(socket_.get(), SHUT_RDWR);
+  if (is_intact()) ::shutdown(socket_.get(), SHUT_RDWR);
 }
 
 UniqueFd Channel::duplicate() const noexcept {
@@ -97,6 +108,9 @@ UniqueFd Channel::duplicate() const noexcept {
 }
 
 Result<void> Channel::send() {
+  was_sent_ = false;
+  if (!is_intact())
+    return fail(Errc::disconnected, "the program closed the descriptor of the connection to the daemon");
   auto sent = send_frame(socket_.get(), bytes_of(builder_));
   was_sent_ = sent.has_value();
   if (!sent) return error_of(std::move(sent));
@@ -105,7 +119,7 @@ Result<void> Channel::send() {
 
 Result<const wire::Reply*> Channel::exchange() {
   auto sent = send();
-  if (!sent && sent.error().code != Errc::disconnected) return error_of(std::move(sent));
+  if (!sent && (sent.error().code != Errc::disconnected || !is_intact())) return error_of(std::move(sent));
   auto frame = receive_frame(socket_.get(), {buffer_.get(), kMaxFrameBytes});
   // Whoever hung up may have said why before: the kernel tells of the end first if it has left us unread.
   if (!frame && frame.error().code == Errc::disconnected)
@@ -126,8 +140,10 @@ Error error_of_failure(const wire::Failure& failure) {
 // ---- Connection ----
 
 Result<std::shared_ptr<Connection>> Connection::open(std::string socket, std::string command,
-                                                     Milliseconds reconnect, Milliseconds wait) {
-  std::shared_ptr<Connection> connection(new Connection(std::move(socket), std::move(command), reconnect));
+                                                     std::string daemon_user, Milliseconds reconnect,
+                                                     Milliseconds wait) {
+  std::shared_ptr<Connection> connection(
+      new Connection(std::move(socket), std::move(command), std::move(daemon_user), reconnect));
   auto channel = connection->find_daemon(0, connection->epoch_, wait);
   if (!channel) return error_of(std::move(channel));
   const std::lock_guard lock(pool_mutex());
@@ -137,10 +153,10 @@ Result<std::shared_ptr<Connection>> Connection::open(std::string socket, std::st
 
 // The first channel to a daemon. Called with the mutex held.
 void Connection::begin_with(std::unique_ptr<Channel> channel) {
-  forget_fd(watched_.get());
+  let_go_of_watched();
   watched_ = channel->duplicate();
+  watched_mark_ = SocketMark(watched_.get());
   close_in_children(watched_.get());
-  wake_watcher();
   open_channels_ = 1;
   idle_.push_back(std::move(channel));
 }
@@ -151,7 +167,6 @@ void Connection::leave_threads_to_parent() noexcept {
   (void)flusher_.release();
   (void)watcher_.release();
   // Closed in this process already, at the fork.
-  (void)watcher_wake_.release();
   (void)watched_.release();
   (void)flusher_wake_.release();
   (void)channel_free_.release();
@@ -174,6 +189,7 @@ void Connection::start_over_in_child() noexcept {
   session_ = 0;
   is_lost_ = false;
   is_reconnecting_ = false;
+  was_robbed_ = false;
 }
 
 tl::unexpected<Error> Connection::lost() const {
@@ -349,6 +365,7 @@ Result<std::unique_ptr<Channel>> Connection::open_channel(std::uint64_t session,
                                                           std::uint64_t epoch) {
   auto socket = connect_to(socket_);
   if (!socket) return error_of(std::move(socket));
+  if (auto ok = check_server(socket->get(), socket_, daemon_user_); !ok) return error_of(std::move(ok));
   auto channel = std::make_unique<Channel>(*std::move(socket), epoch);
   const Opening opening(opening_, channel.get());
   channel->finish(wire::CreateHelloDirect(channel->builder(), kProtocolVersion, command_.c_str(), session,
@@ -390,11 +407,13 @@ tl::unexpected<Error> Connection::give_up(std::unique_ptr<Channel> channel, Erro
   }
   const std::uint64_t epoch = channel->epoch();
   Channel* const address = channel.get();
-  if (error.code == Errc::disconnected)
+  const bool is_intact = channel->is_intact();
+  if (error.code == Errc::disconnected && is_intact)
     error.message =
         fmt::format("the daemon at {} went away; whether the request was carried out is not known", socket_);
   const std::lock_guard lock(pool_mutex());
   if (generation_ != fork_generation()) return tl::unexpected(std::move(error));
+  was_robbed_ = was_robbed_ || !is_intact;
   busy_.erase(address);
   channel.reset();
   if (epoch != epoch_) {
@@ -447,14 +466,21 @@ void Connection::watch_daemon() noexcept {
 }
 
 void Connection::start_watcher() noexcept {
-  watcher_wake_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  if (!watcher_wake_) return;
-  close_in_children(watcher_wake_.get());
   watcher_ = start_thread([this] { watch(); });
 }
 
-void Connection::wake_watcher() const noexcept {
-  if (watcher_) (void)::eventfd_write(watcher_wake_.get(), 1);
+// Called with the mutex held.
+void Connection::let_go_of_watched() noexcept {
+  forget_fd(watched_.get());
+  if (!watched_mark_.is_still(watched_.get())) (void)watched_.release();
+  watched_.reset();
+}
+
+bool Connection::was_robbed() const noexcept {
+  const std::lock_guard lock(pool_mutex());
+  const auto is_intact = [](const auto& channel) { return channel->is_intact(); };
+  return was_robbed_ || !std::all_of(idle_.begin(), idle_.end(), is_intact) ||
+         (watched_ && !watched_mark_.is_still(watched_.get()));
 }
 
 // Waits for the end of a channel's other side, without taking what comes from there. A daemon that does not
@@ -468,16 +494,19 @@ void Connection::watch() {
       continue;
     }
     if (!is_lost_) has_given_up = false;
+    if (is_lost_ || is_reconnecting_) {
+      channel_free_->wait_for(lock, kLook);
+      continue;
+    }
     const std::uint64_t epoch = epoch_;
-    const bool is_watching = !is_lost_ && !is_reconnecting_;
-    std::array<pollfd, 2> polled = {pollfd{watcher_wake_.get(), POLLIN, 0},
-                                    pollfd{is_watching ? watched_.get() : -1, POLLRDHUP, 0}};
+    pollfd watched{watched_.get(), POLLRDHUP, 0};
     lock.unlock();
-    (void)::poll(polled.data(), polled.size(), -1);
-    eventfd_t count = 0;
-    (void)::eventfd_read(watcher_wake_.get(), &count);
+    (void)::poll(&watched, 1, static_cast<int>(kLook.count()));
     lock.lock();
-    if (polled[1].revents != 0 && epoch == epoch_) is_lost_ = true;
+    if (epoch != epoch_) continue;
+    const bool is_robbed = !watched_mark_.is_still(watched_.get());
+    was_robbed_ = was_robbed_ || is_robbed;
+    is_lost_ = is_lost_ || is_robbed || watched.revents != 0;
   }
 }
 
@@ -511,15 +540,14 @@ Connection::~Connection() {
     const std::lock_guard lock(pool_mutex());
     is_closing_ = true;
     for (const Channel* channel : opening_) channel->shutdown();
-    wake_watcher();
+    if (watched_mark_.is_still(watched_.get())) ::shutdown(watched_.get(), SHUT_RDWR);  // wakes the watcher
     channel_free_->notify_all();
     flusher_wake_->notify_one();
-    forget_fd(watched_.get());
   }
   if (flusher_) flusher_->join();
-  if (!watcher_) return;
-  watcher_->join();
-  forget_fd(watcher_wake_.get());
+  if (watcher_) watcher_->join();
+  const std::lock_guard lock(pool_mutex());
+  let_go_of_watched();
 }
 
 Result<std::shared_ptr<Mapping>> Connection::map_shared(std::uint64_t id, int fd, std::uint64_t size_bytes) {

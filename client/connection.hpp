@@ -8,7 +8,10 @@
 //    has (holdings.hpp), and sends again what was under way. Before it says so, every call to the old daemon
 //    has come to its end, and what its reply brought is among what the process has: so no call is made while
 //    the reply to another is still in hand.
-// 5. Who has something that a daemon keeps for a grace period only, a slot above all, may compute for longer
+// 5. A program may close descriptors that are not its own, and be given their numbers again. So no descriptor
+//    is used before it is seen to be still the socket that it was; when it is not, the channel is lost, as if
+//    the daemon had gone away.
+// 6. Who has something that a daemon keeps for a grace period only, a slot above all, may compute for longer
 //    than that without a call: then a thread looks for the next daemon.
 #pragma once
 
@@ -28,6 +31,7 @@
 
 #include "client/fork_guard.hpp"
 #include "client/holdings.hpp"
+#include "client/socket_mark.hpp"
 #include "cowmgr/info.hpp"
 #include "proto/errors.hpp"
 #include "proto/fd_socket.hpp"
@@ -84,9 +88,12 @@ class Channel {
   void shutdown() const noexcept;
   // Another descriptor of the socket, to be told of its end by.
   [[nodiscard]] UniqueFd duplicate() const noexcept;
+  // False when the program closed the descriptor, or put another file in its place.
+  [[nodiscard]] bool is_intact() const noexcept { return mark_.is_still(socket_.get()); }
 
  private:
   UniqueFd socket_;
+  SocketMark mark_;
   bool was_sent_ = false;
   std::uint64_t epoch_;
   Builder builder_;
@@ -99,6 +106,7 @@ class Connection {
  public:
   // Connects and says Hello. Errors: as Client::connect.
   [[nodiscard]] static Result<std::shared_ptr<Connection>> open(std::string socket, std::string command,
+                                                                std::string daemon_user,
                                                                 Milliseconds reconnect, Milliseconds wait);
 
   // The reply to a call. Its tables are valid until let_go(), its descriptors while this object lives. It
@@ -207,14 +215,20 @@ class Connection {
   void forget_mapping(std::uint64_t id) noexcept;
 
   [[nodiscard]] const std::string& socket() const noexcept { return socket_; }
+  [[nodiscard]] const std::string& daemon_user() const noexcept { return daemon_user_; }
+  // Whether the program ever took a descriptor from this connection (see 5).
+  [[nodiscard]] bool was_robbed() const noexcept;
 
   ~Connection();
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
  private:
-  Connection(std::string socket, std::string command, Milliseconds reconnect)
-      : socket_(std::move(socket)), command_(std::move(command)), reconnect_(reconnect) {}
+  Connection(std::string socket, std::string command, std::string daemon_user, Milliseconds reconnect)
+      : socket_(std::move(socket)),
+        command_(std::move(command)),
+        daemon_user_(std::move(daemon_user)),
+        reconnect_(reconnect) {}
 
   template <class OffsetType>
   struct TableOf;
@@ -246,12 +260,13 @@ class Connection {
   void wake_flusher() noexcept;
   void start_flusher() noexcept;
   void start_watcher() noexcept;
+  void let_go_of_watched() noexcept;
   void watch();
-  void wake_watcher() const noexcept;
   void flush_releases();
 
   const std::string socket_;
   const std::string command_;
+  const std::string daemon_user_;  // whose daemon is trusted besides; see check_server()
   const Milliseconds reconnect_;
 
   // All below is guarded by pool_mutex().
@@ -262,9 +277,10 @@ class Connection {
   std::unique_ptr<std::condition_variable> flusher_wake_ = std::make_unique<std::condition_variable>();
   std::uint64_t release_count_ = 0;
   std::unique_ptr<std::thread> watcher_;  // from the first watch_daemon() on
-  UniqueFd watcher_wake_;                 // eventfd(2)
   UniqueFd watched_;                      // of a channel of this epoch
-  std::set<const Channel*> opening_;      // channels that say Hello just now
+  SocketMark watched_mark_{-1};
+  bool was_robbed_ = false;
+  std::set<const Channel*> opening_;  // channels that say Hello just now
   bool is_flusher_resting_ = false;
   bool is_closing_ = false;
   std::unordered_map<std::uint64_t, std::weak_ptr<Mapping>> mappings_;
@@ -279,6 +295,13 @@ class Connection {
   std::uint64_t told_ends_ = 0;   // when the holdings were told last
   bool is_lost_ = false;          // the session ended
   bool is_reconnecting_ = false;  // some thread is at it
+};
+
+// The connection behind a client, for the rest of the library.
+struct ClientAccess {
+  [[nodiscard]] static const Connection& connection(const Client& client) noexcept {
+    return *client.connection_;
+  }
 };
 
 // How long one request may wait in the daemon; longer waits ask again.

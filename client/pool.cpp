@@ -7,6 +7,8 @@
 
 #include <fmt/format.h>
 
+#include "client/connection.hpp"
+#include "client/deadlock.hpp"
 #include "client/fork_guard.hpp"
 #include "client/pool_job.hpp"
 #include "client/supervisor.hpp"
@@ -59,6 +61,10 @@ class PoolImpl {
     is_stopped_ = true;
     supervisor_.stop();
   }
+  // What became of the last worker that had to be ended, if one was after the first `seen`.
+  [[nodiscard]] std::string trouble_after(std::uint64_t seen) const {
+    return supervisor_.troubles() > seen ? supervisor_.trouble() : std::string();
+  }
   [[nodiscard]] Result<void> check() const {
     if (!is_stopped_ && supervisor_.is_running()) return {};
     return fail(Errc::no_workers, "the pool has ended, and its workers with it; start another");
@@ -83,6 +89,7 @@ class JobImpl {
         results_(std::move(results)),
         arguments_(std::move(arguments)),
         is_named_(is_named),
+        troubles_before_(pool_->supervisor().troubles()),
         generation_(fork_generation()) {}
   JobImpl(const JobImpl&) = delete;
   JobImpl& operator=(const JobImpl&) = delete;
@@ -94,7 +101,12 @@ class JobImpl {
   }
 
   [[nodiscard]] const ResultSet& results() const noexcept { return results_; }
-  [[nodiscard]] const PoolImpl& pool() const noexcept { return *pool_; }
+  [[nodiscard]] Error explained(Error error) const {
+    const auto trouble = pool_->trouble_after(troubles_before_);
+    const bool may_be_why = error.code == Errc::slot_failed || error.code == Errc::timed_out;
+    if (may_be_why && !trouble.empty()) error.message += "; " + trouble;
+    return error;
+  }
   // What nobody gave a name is for its handles alone: its memory goes with the last view.
   void release_output() {
     if (is_named_.exchange(true)) return;
@@ -128,6 +140,7 @@ class JobImpl {
   ResultSet results_;
   std::optional<Array> arguments_;  // kept until the job is over
   std::atomic<bool> is_named_;      // or its name was taken away
+  std::uint64_t troubles_before_;   // of the pool's workers
   std::uint64_t generation_;
 };
 
@@ -188,19 +201,25 @@ Result<void> JobHandle::wait(Milliseconds wait, const ResultSet::OnProgress& pro
   const auto once = [&](const ResultsInfo& info) {
     if (info.revision != std::exchange(seen, info.revision)) progress(info);
   };
-  return impl_->wait(wait, [&](Milliseconds part) {
+  return explained(impl_->wait(wait, [&](Milliseconds part) {
     return set.wait_settled(part, progress ? ResultSet::OnProgress(once) : ResultSet::OnProgress());
-  });
+  }));
 }
 
 Result<SlotInfo> JobHandle::wait_slot(std::uint64_t index, Milliseconds wait) const {
   if (index >= size())
     return fail(Errc::not_found, fmt::format("there is no slot {}; the job has {}", index, size()));
-  return impl_->wait(wait, [&](Milliseconds part) { return impl_->results().wait_slot(index, part); });
+  return explained(
+      impl_->wait(wait, [&](Milliseconds part) { return impl_->results().wait_slot(index, part); }));
 }
 
 Result<std::optional<std::uint64_t>> JobHandle::settled_at(std::uint64_t rank, Milliseconds wait) const {
-  return impl_->wait(wait, [&](Milliseconds part) { return impl_->results().settled_at(rank, part); });
+  return explained(
+      impl_->wait(wait, [&](Milliseconds part) { return impl_->results().settled_at(rank, part); }));
+}
+
+Error JobHandle::explained(Error error) const {
+  return impl_->explained(std::move(error));
 }
 
 std::vector<SlotInfo> JobHandle::failures() const {
@@ -227,6 +246,31 @@ Result<std::span<const std::byte>> result_bytes(const ResultSet& set, std::uint6
   return array->bytes();
 }
 
+namespace {
+
+// Whether the items lie as in C order: so they do in Fortran order, too, along a single axis.
+bool is_as_in_c_order(const ArraySpec& spec) {
+  const auto is_long = [](std::uint64_t extent) { return extent != 1; };
+  return spec.order == Order::c || std::ranges::count_if(spec.shape, is_long) <= 1 ||
+         std::ranges::count(spec.shape, std::uint64_t{0}) > 0;
+}
+
+}  // namespace
+
+Result<void> check_rows(const ArrayRows& chunk, const Dtype& items) {
+  const ArraySpec& spec = chunk.array.spec();
+  if (auto ok = check_dtype(spec.dtype, items); !ok) return ok;
+  if (spec.shape.empty()) return fail(Errc::invalid_shape, "a chunk needs a first axis, whose rows it takes");
+  if (!is_as_in_c_order(spec)) {
+    return fail(Errc::invalid_argument,
+                "a chunk needs an array in C order, so that the items of its rows lie together");
+  }
+  if (chunk.rows.begin <= chunk.rows.end && chunk.rows.end <= spec.shape.front()) return {};
+  return fail(Errc::invalid_shape,
+              fmt::format("the array {} has {} rows, but none from {} to {}", printable(chunk.array.name()),
+                          spec.shape.front(), chunk.rows.begin, chunk.rows.end));
+}
+
 Result<void> keep_bytes(Slot& slot, std::string_view bytes) {
   if (bytes.size() <= kMaxValueBytes) return slot.set_value(std::as_bytes(std::span(bytes)));
   if (auto ok = slot.allocate({Dtype::of<std::uint8_t>(), {bytes.size()}}); !ok) return ok;
@@ -251,11 +295,17 @@ Result<Array> DenseJob::get(Milliseconds wait, const ResultSet::OnProgress& prog
 Result<Pool> Pool::start(const Client& client, const PoolOptions& options) {
   const std::uint32_t count = options.workers > 0 ? options.workers : detail::default_workers();
   const std::string queue = detail::random_name();
-  detail::WorkerPlan plan{.body = [&] { detail::work_for_pool(client.socket(), queue, {}); }};
+  const std::string& daemon_user = detail::ClientAccess::connection(client).daemon_user();
+  detail::WorkerPlan plan{.body =
+                              [&](const auto& say_robbed) {
+                                detail::work_for_pool(client.socket(), daemon_user, queue, {}, say_robbed);
+                              },
+                          .stuck_after = options.stuck_after,
+                          .threads = detail::count_threads()};
   if (!options.program.empty()) {
     plan.command = {options.program};
     plan.command.insert(plan.command.end(), options.arguments.begin(), options.arguments.end());
-    plan.environment = {"COWMGR_SOCKET=" + client.socket(),
+    plan.environment = {"COWMGR_SOCKET=" + client.socket(), "COWMGR_DAEMON_USER=" + daemon_user,
                         fmt::format("{}={}", detail::kQueueVariable, queue)};
   }
   auto supervisor = detail::Supervisor::start(count, plan);
@@ -281,12 +331,7 @@ std::uint64_t Pool::restarts() const noexcept {
 
 Result<detail::JobRequest> Pool::map_request(const Array& input, const Dtype& items,
                                              const MapOptions& options) const {
-  if (auto ok = detail::check_dtype(input.dtype(), items); !ok) return error_of(std::move(ok));
-  if (input.shape().empty())
-    return fail(Errc::invalid_shape, "map() needs a first axis, whose rows are split into chunks");
-  if (input.spec().order != Order::c && input.shape().size() > 1)
-    return fail(Errc::invalid_argument,
-                "map() needs an array in C order, so that the rows of a chunk lie together");
+  if (auto ok = detail::check_rows(input, items); !ok) return error_of(std::move(ok));
   const std::uint64_t rows = input.shape().front();
   const std::uint64_t wanted = options.chunks > 0 ? options.chunks : impl_->count() * detail::kChunksEach;
   return detail::JobRequest{.task = {},

@@ -1,9 +1,11 @@
 #include "client/pool_job.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <dlfcn.h>
 #include <initializer_list>
 #include <sys/prctl.h>
@@ -11,6 +13,8 @@
 
 #include <fmt/format.h>
 
+#include "client/connection.hpp"
+#include "client/supervisor.hpp"
 #include "cowmgr/pool.hpp"
 #include "proto/text.hpp"
 
@@ -81,8 +85,8 @@ class WorkerJob {
     if (!arguments) return error_of(arguments);
     return task_.thunk({.client = *client_,
                         .slot = slot,
-                        .slots = slots_,
                         .input = input_ ? &*input_ : nullptr,
+                        .rows = input_ ? rows_of_slot(input_->shape().front(), slots_, slot.index()) : Rows(),
                         .arguments = *arguments,
                         .function = task_.function});
   }
@@ -151,6 +155,34 @@ Array attach_argument(const Client& client, std::uint64_t id) {
 
 namespace {
 
+// A task that takes longer than the lease of its slot has lost it, and may take for ever: a timer kills this
+// process, whatever it is at, stopped (SIGSTOP) included.
+class LeaseTimer {
+ public:
+  explicit LeaseTimer(Milliseconds limit) {
+    if (limit.count() <= 0) return;
+    sigevent event{};
+    event.sigev_notify = SIGEV_SIGNAL;
+    event.sigev_signo = SIGKILL;
+    is_armed_ = ::timer_create(CLOCK_MONOTONIC, &event, &timer_) == 0;
+    if (!is_armed_) return;
+    itimerspec end{};
+    const auto seconds = std::chrono::floor<std::chrono::seconds>(limit);
+    end.it_value.tv_sec = seconds.count();
+    end.it_value.tv_nsec = std::chrono::nanoseconds(limit - seconds).count();
+    ::timer_settime(timer_, 0, &end, nullptr);
+  }
+  LeaseTimer(const LeaseTimer&) = delete;
+  LeaseTimer& operator=(const LeaseTimer&) = delete;
+  ~LeaseTimer() {
+    if (is_armed_) ::timer_delete(timer_);
+  }
+
+ private:
+  timer_t timer_{};
+  bool is_armed_ = false;
+};
+
 // Another worker will try, in a while.
 void give_up(const Error& error) {
   fmt::print(stderr, "pool worker {} ends: {}\n", ::getpid(), error.message);
@@ -158,9 +190,13 @@ void give_up(const Error& error) {
 
 }  // namespace
 
-void work_for_pool(const std::string& socket, const std::string& queue, const std::vector<TaskCode>& tasks) {
-  const auto client = Client::connect(
-      {.socket = socket, .command = "pool worker", .reconnect = kReconnect, .wait = kReconnect});
+void work_for_pool(const std::string& socket, const std::string& daemon_user, const std::string& queue,
+                   const std::vector<TaskCode>& tasks, const std::function<void()>& say_robbed) {
+  const auto client = Client::connect({.socket = socket,
+                                       .command = "pool worker",
+                                       .reconnect = kReconnect,
+                                       .wait = kReconnect,
+                                       .daemon_user = daemon_user});
   if (!client) return give_up(client.error());
   for (;;) {
     auto set = client->open_queued(queue);
@@ -169,7 +205,16 @@ void work_for_pool(const std::string& socket, const std::string& queue, const st
     const auto done = set->work(
         [&](Slot& slot) -> Result<void> {
           if (!job) return error_of(job);
-          return job->run(slot);
+          auto ok = [&] {
+            const LeaseTimer timer(set->lease_limit());
+            return job->run(slot);
+          }();
+          // Such a task took more from this process than can be known: another worker begins afresh.
+          if (ClientAccess::connection(*client).was_robbed()) {
+            say_robbed();
+            ::_exit(kRobbed);
+          }
+          return ok;
         },
         {.retry = Retry::never, .wait = Milliseconds(0)});
     if (done) continue;
@@ -192,7 +237,10 @@ int serve_pool(std::initializer_list<detail::TaskCode> tasks) {
         "this program is a pool's worker: name it in PoolOptions::program of the program that uses it\n");
     return 2;
   }
-  detail::work_for_pool(socket, queue, tasks);
+  detail::work_for_pool(socket, {}, queue, tasks, [] {
+    fmt::print(stderr, "pool worker {} ends: its task closed descriptors that it had not opened\n",
+               ::getpid());
+  });
   return 0;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
@@ -39,7 +40,9 @@ struct JobText {
                                                          std::uint64_t index);
 
 // The life of a worker: takes sets from the queue, does their slots, until the daemon is gone. `tasks`: those
-// that it knows by name.
-void work_for_pool(const std::string& socket, const std::string& queue, const std::vector<TaskCode>& tasks);
+// that it knows by name. `daemon_user`: as ConnectOptions has it. `say_robbed`: called before the process
+// exits with kRobbed, since a task closed its descriptors.
+void work_for_pool(const std::string& socket, const std::string& daemon_user, const std::string& queue,
+                   const std::vector<TaskCode>& tasks, const std::function<void()>& say_robbed);
 
 }  // namespace cowmgr::detail

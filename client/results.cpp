@@ -354,7 +354,7 @@ Result<void> Slot::allocate(const ArraySpec& spec) {
 Result<void> Slot::set_value(std::span<const std::byte> value) {
   return impl_->set_value(value);
 }
-Result<void> Slot::fail(std::string_view message, Retry retry) {
+Result<void> Slot::fail(NameRef message, Retry retry) {
   return impl_->set()->fail(*impl_, message, retry);
 }
 
@@ -404,6 +404,10 @@ const ArraySpec& ResultSet::spec() const noexcept {
 }
 std::uint64_t ResultSet::slots() const noexcept {
   return impl_->info().slots;
+}
+
+Milliseconds ResultSet::lease_limit() const noexcept {
+  return impl_->info().lease;
 }
 
 std::span<const std::byte> ResultSet::job() const noexcept {

@@ -8,6 +8,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <fcntl.h>
+#include <optional>
 #include <poll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -19,6 +20,7 @@
 #include <boost/interprocess/anonymous_shared_memory.hpp>
 #include <fmt/format.h>
 
+#include "client/deadlock.hpp"
 #include "client/fork_guard.hpp"
 
 namespace cowmgr::detail {
@@ -32,17 +34,48 @@ constexpr auto kShortLife = milliseconds(20);
 constexpr auto kFirstPause = milliseconds(1);
 constexpr auto kLongestPause = milliseconds(100);
 constexpr int kExecFailed = 127;
+constexpr auto kLongestLook = milliseconds(1000);  // between two looks at what the workers' threads do
 
-// In memory that the program and the watching process share; the latter alone writes. Zero at first.
+// Why a worker was ended, or ended itself.
+enum class Trouble : std::uint32_t { none, robbed, deadlock };
+
+// In memory that the program, the watching process and its forks share; the program only reads. Zeroed.
 struct Board {
   std::atomic<std::uint64_t> restarts;
-  std::atomic<std::int32_t> pids[1];  // 0: being started again
+  std::atomic<std::uint64_t> troubles;
+  std::atomic<std::uint64_t> last_trouble;  // process id, Trouble << 32
+  std::atomic<std::int32_t> pids[1];        // 0: being started again
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free &&
               std::atomic<std::int32_t>::is_always_lock_free);
 
 Board& board_of(const boost::interprocess::mapped_region& region) noexcept {
   return *static_cast<Board*>(region.get_address());
+}
+
+std::string sentence_of(std::uint64_t trouble, milliseconds stuck_after, std::uint32_t threads) {
+  const auto pid = static_cast<std::uint32_t>(trouble);
+  if (trouble >> 32U == static_cast<std::uint32_t>(Trouble::robbed)) {
+    return fmt::format(
+        "pool worker {} was ended: its task closed the worker's own descriptors, or became another "
+        "program; a task may close only what it opened",
+        pid);
+  }
+  std::string stuck = fmt::format("pool worker {} was ended: for {} ms all its threads waited for each other",
+                                  pid, stuck_after.count());
+  if (threads < 2) return stuck;
+  return fmt::format(
+      "{}; the program had {} threads when it started the pool, which its forks do not have: a library "
+      "that had used threads by then, as OpenMP does, waits for them for ever. Start the pool before that "
+      "library is used, or let the workers be another program (PoolOptions::program)",
+      stuck, threads);
+}
+
+// Whether a process whose descriptors are closed is ending: its memory goes first (kernel/exit.c).
+bool is_ending(pid_t pid) {
+  std::array<char, 1> target{};
+  return ::readlink(fmt::format("/proc/{}/exe", pid).c_str(), target.data(), target.size()) < 0 &&
+         errno == ENOENT;
 }
 
 UniqueFd pidfd_of(pid_t pid) {
@@ -119,6 +152,11 @@ class Watch {
   struct Worker {
     pid_t pid = 0;  // 0: to be started at `next_start`
     UniqueFd pidfd{};
+    UniqueFd lifeline{};  // its other end is a descriptor of the worker's, as long as that leaves it open
+    std::optional<std::uint64_t>
+        mark{};                       // of a worker whose threads wait for each other; see deadlock_mark()
+    Clock::time_point marked{};       // since then
+    Trouble trouble = Trouble::none;  // why it was killed
     Clock::time_point started{};
     Clock::time_point next_start{};
     milliseconds pause{0};
@@ -129,11 +167,14 @@ class Watch {
     std::vector<pollfd> polls = {{control_.get(), POLLIN, 0}, {program_.get(), POLLIN, 0}};
     auto due = Clock::time_point::max();
     for (const Worker& worker : workers_) {
-      if (worker.pid > 0)
+      if (worker.pid > 0) {
         polls.push_back({worker.pidfd.get(), POLLIN, 0});
-      else
+        polls.push_back({worker.trouble == Trouble::none ? worker.lifeline.get() : -1, 0, 0});
+      } else {
         due = std::min(due, worker.next_start);
+      }
     }
+    if (plan_.stuck_after.count() > 0) due = std::min(due, Clock::now() + look_pause());
     const auto left = std::chrono::ceil<milliseconds>(due - Clock::now()).count();
     const int timeout_ms =
         due == Clock::time_point::max() ? -1 : static_cast<int>(std::clamp<std::int64_t>(left, 0, 1000));
@@ -145,6 +186,7 @@ class Watch {
     for (std::size_t i = 0; i < workers_.size(); ++i) {
       Worker& worker = workers_[i];
       if (worker.pid > 0) note_end(i);
+      if (worker.pid > 0) end_if_useless(worker);
       if (worker.pid > 0 || Clock::now() < worker.next_start) continue;
       if (start(i).empty()) board_.restarts.fetch_add(1, std::memory_order_relaxed);
     }
@@ -152,7 +194,10 @@ class Watch {
 
   void note_end(std::size_t i) {
     Worker& worker = workers_[i];
-    if (::waitpid(worker.pid, nullptr, WNOHANG) != worker.pid) return;
+    int status = 0;
+    if (::waitpid(worker.pid, &status, WNOHANG) != worker.pid) return;
+    if (!plan_.command.empty() && WIFEXITED(status) && WEXITSTATUS(status) == kRobbed)
+      tell(worker.pid, Trouble::robbed);
     board_.pids[i].store(0, std::memory_order_relaxed);
     const auto now = Clock::now();
     worker.next_start = now + worker.pause;
@@ -162,13 +207,50 @@ class Watch {
     worker.pid = 0;
   }
 
+  [[nodiscard]] milliseconds look_pause() const {
+    return std::clamp(plan_.stuck_after / 3, milliseconds(1), kLongestLook);
+  }
+
+  void tell(pid_t pid, Trouble trouble) {
+    const auto last = static_cast<std::uint64_t>(trouble) << 32U | static_cast<std::uint32_t>(pid);
+    board_.last_trouble.store(last, std::memory_order_relaxed);
+    board_.troubles.fetch_add(1, std::memory_order_release);
+    fmt::print(stderr, "{}\n", sentence_of(last, plan_.stuck_after, plan_.threads));
+  }
+
+  // Kills a worker that neither works nor ends. What it had leased is free again with its end.
+  void end_if_useless(Worker& worker) {
+    if (worker.trouble != Trouble::none) return;  // it is killed, and not gone yet
+    if (is_robbed(worker))
+      worker.trouble = Trouble::robbed;
+    else if (is_stuck(worker))
+      worker.trouble = Trouble::deadlock;
+    else
+      return;
+    tell(worker.pid, worker.trouble);
+    ::kill(worker.pid, SIGKILL);
+  }
+
+  static bool is_robbed(const Worker& worker) {
+    pollfd poll{worker.lifeline.get(), 0, 0};
+    return worker.lifeline && ::poll(&poll, 1, 0) > 0 && !is_ending(worker.pid);
+  }
+
+  bool is_stuck(Worker& worker) const {
+    if (plan_.stuck_after.count() == 0) return false;
+    const auto mark = deadlock_mark(worker.pid);
+    if (!mark || mark != worker.mark) worker.marked = Clock::now();
+    worker.mark = mark;
+    return mark && Clock::now() - worker.marked >= plan_.stuck_after;
+  }
+
   // Returns what went wrong, or nothing.
   std::string start(std::size_t i) {
     Worker& worker = workers_[i];
     worker.next_start = Clock::now() + kLongestPause;  // if it fails
     std::array<int, 2> ends{-1, -1};
     if (::pipe2(ends.data(), O_CLOEXEC) != 0) return os_error("pipe2", "a worker", errno).message;
-    const UniqueFd errors(ends[0]);
+    UniqueFd errors(ends[0]);
     UniqueFd its_end(ends[1]);
     const pid_t watch = ::getpid();
     const pid_t pid = ::fork();
@@ -183,6 +265,9 @@ class Watch {
     }
     worker.pid = pid;
     worker.pidfd = pidfd_of(pid);
+    if (plan_.command.empty()) worker.lifeline = std::move(errors);
+    worker.mark.reset();
+    worker.trouble = Trouble::none;
     worker.started = Clock::now();
     board_.pids[i].store(pid, std::memory_order_relaxed);
     return {};
@@ -195,7 +280,7 @@ class Watch {
     control_.reset();
     program_.reset();
     if (!plan_.command.empty()) become(plan_, errors);
-    plan_.body();
+    plan_.body([this] { tell(::getpid(), Trouble::robbed); });
     ::_exit(0);
   }
 
@@ -208,12 +293,19 @@ class Watch {
 
 }  // namespace
 
-Supervisor::Supervisor(boost::interprocess::mapped_region board, std::uint32_t workers)
-    : board_(std::move(board)), workers_(workers), generation_(fork_generation()) {}
+Supervisor::Supervisor(boost::interprocess::mapped_region board, std::uint32_t workers,
+                       const WorkerPlan& plan)
+    : board_(std::move(board)),
+      workers_(workers),
+      stuck_after_(plan.stuck_after),
+      threads_(plan.threads),
+      generation_(fork_generation()) {}
 
 Supervisor::Supervisor(Supervisor&& other) noexcept
     : board_(std::move(other.board_)),
       workers_(other.workers_),
+      stuck_after_(other.stuck_after_),
+      threads_(other.threads_),
       control_(std::move(other.control_)),
       pidfd_(std::move(other.pidfd_)),
       pid_(std::exchange(other.pid_, -1)),
@@ -229,7 +321,7 @@ Result<Supervisor> Supervisor::start(std::uint32_t workers, const WorkerPlan& pl
   if (!program) return tl::unexpected(os_error("pidfd_open", "this process", errno));
   Supervisor supervisor(boost::interprocess::anonymous_shared_memory(
                             sizeof(Board) + workers * sizeof(std::atomic<std::int32_t>)),
-                        workers);
+                        workers, plan);
   supervisor.pid_ = ::fork();
   if (supervisor.pid_ == 0) {
     ours.reset();
@@ -285,6 +377,15 @@ std::vector<pid_t> Supervisor::workers() const {
 
 std::uint64_t Supervisor::restarts() const noexcept {
   return board_of(board_).restarts.load(std::memory_order_relaxed);
+}
+
+std::uint64_t Supervisor::troubles() const noexcept {
+  return board_of(board_).troubles.load(std::memory_order_acquire);
+}
+
+std::string Supervisor::trouble() const {
+  const auto last = board_of(board_).last_trouble.load(std::memory_order_relaxed);
+  return last == 0 ? std::string() : sentence_of(last, stuck_after_, threads_);
 }
 
 }  // namespace cowmgr::detail

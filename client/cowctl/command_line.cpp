@@ -239,6 +239,12 @@ void declare_globals(CLI::App& app, Options& options) {
          "it goes away under way")
       ->transform(&plain)
       ->type_name("DURATION");
+  add_text(app, "--daemon-user", options.daemon_user,
+           "Trust a daemon of this user, too. Default: one of your own, root's, or the owner's of a "
+           "directory that "
+           "only root can have made")
+      ->envname("COWMGR_DAEMON_USER")
+      ->type_name("USER");
   app.add_flag("--json", options.json, "Print JSON, sizes in bytes; errors too, on standard error");
   app.require_subcommand(1);
   app.fallthrough();  // of the subcommands that are made from here on: global options may follow them

@@ -90,7 +90,8 @@ Report nothing_listed(const Options& options, const Client& client, std::string_
 }
 
 Result<Client> connect(const Options& options) {
-  ConnectOptions how{.socket = options.socket, .command = options.command_name};
+  ConnectOptions how{
+      .socket = options.socket, .command = options.command_name, .daemon_user = options.daemon_user};
   if (options.wait) how.wait = how.reconnect = *options.wait;
   return Client::connect(how);
 }

@@ -32,6 +32,7 @@ struct Options {
   std::string command_name;          // what the daemon shows of us: "cowctl put"
   std::string socket;                // empty: where the library looks for the daemon
   std::optional<Milliseconds> wait;  // for a daemon that is not there. Default: not at all
+  std::string daemon_user;           // whose daemon is trusted besides; see ConnectOptions
   bool json = false;                 // print JSON instead of tables
   Style style = Style::plain();      // of standard output
 

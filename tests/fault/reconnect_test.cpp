@@ -7,6 +7,10 @@
 #include <random>
 #include <span>
 #include <string>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -48,6 +52,34 @@ TEST_F(Reconnect, IsDoneByTheNextCall) {
     EXPECT_TRUE(copy_of(array->bytes()) == pattern_bytes(1000));
   }
   EXPECT_EQ(client.ping()->sessions, 1U);
+}
+
+// As a program does that becomes a service. Descriptors that it opens then have the same numbers.
+TEST_F(Reconnect, IsDoneWhereTheProgramClosedTheConnection) {
+  Child program([&](const Link& test) {
+    const Client client = persistent();
+    const auto array = put(client, "x", 1000);
+    const auto writer =
+        client.create("y", {Dtype::of<std::uint8_t>(), {10}});  // and so the daemon is watched
+    std::vector<int> sockets;
+    for (int fd = 3; fd < 1024; ++fd) {
+      sockaddr_un address{};
+      socklen_t size_bytes = sizeof address;
+      const bool is_socket = ::getpeername(fd, reinterpret_cast<sockaddr*>(&address), &size_bytes) == 0;
+      if (is_socket && address.sun_path == socket()) sockets.push_back(fd);
+    }
+    ASSERT_FALSE(sockets.empty());
+    const UniqueFd file(::memfd_create("the program's own", MFD_CLOEXEC));
+    for (const int fd : sockets) ASSERT_EQ(::dup2(file.get(), fd), fd);
+    ASSERT_THAT(client.ping(), Succeeds());
+    EXPECT_TRUE(copy_of(client.attach("x")->bytes()) == pattern_bytes(1000));
+    struct stat status {};
+    for (const int fd : sockets) EXPECT_EQ(::fstat(fd, &status), 0) << "it is the program's";
+    EXPECT_EQ(status.st_size, 0) << "nothing is written there";
+    test.say("done");
+  });
+  EXPECT_EQ(program.hear(), "done");
+  EXPECT_EQ(program.wait(), 0);
 }
 
 TEST_F(Reconnect, SaysWhatThisProcessViews) {

@@ -1,5 +1,6 @@
 // Arrays go in, and come out as they were: every kind of type, shape and order; all or none; waiting.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <complex>
 #include <string>
@@ -69,6 +70,54 @@ TEST_F(Arrays, OfEveryKindOfType) {
                                   "[('a', [('b', '|u1')]), ('c', '>f8')]"}) {
     expect_round_trip(writer, reader, "of " + dtype, spec_of(dtype, {7, 3}));
   }
+}
+
+// Two names are never taken for the two ends of one.
+template <class T>
+concept TakesTwoNamesForOne = requires(const T& client) {
+  client.stat({"a", "b"});
+} || requires(const T& client) {
+  client.list({"a", "b"});
+} || requires(const T& client) {
+  client.open_results({"a", "b"});
+} || requires(const T& client) {
+  client.open_queued({"a", "b"});
+} || requires(const T& client) {
+  client.list_results({"a", "b"});
+} || requires(const T& client) {
+  client.create_ragged({"a", "b"}, 1);
+} || requires(const T& client, const ArraySpec& spec) {
+  client.create({"a", "b"}, spec);
+} || requires(const T& client, const ArraySpec& spec) {
+  client.create_results({"a", "b"}, spec, 1);
+} || requires(const T& client, std::span<const int> items) {
+  client.put({"a", "b"}, items, Shape{1});
+};
+static_assert(!TakesTwoNamesForOne<Client>);
+
+TEST_F(Arrays, AreNamedOneByOneOrTogether) {
+  const Client client = connect();
+  for (const std::string name : {"a", "b", "c"}) {
+    ASSERT_THAT(client.put(name, std::vector<int>{1, 2}, {2}), Succeeds());
+  }
+  const auto both = client.attach({"a", "b"});
+  ASSERT_THAT(both, Succeeds());
+  EXPECT_EQ((*both)[0].name() + (*both)[1].name(), "ab");
+  EXPECT_THAT(client.attach({std::string("a"), std::string("b")}), Succeeds());
+  EXPECT_EQ(client.attach(std::string_view("abc").substr(2))->name(), "c");
+  EXPECT_THAT(*client.pin("a"), testing::ElementsAre("a"));
+  EXPECT_THAT(*client.pin({"a", "b"}, false), testing::ElementsAre("a", "b"));
+  EXPECT_THAT(client.evict("c")->names, testing::ElementsAre("c"));
+  EXPECT_THAT(client.evict({"a", "b"})->names, testing::ElementsAre("a", "b"));
+}
+
+TEST_F(Arrays, AreMadeOfWhateverHoldsItemsInARow) {
+  const Client client = connect();
+  const std::vector<double> items = {1, 2, 3, 4};
+  EXPECT_THAT(*client.put("vector", items, {2, 2})->as<double>(), testing::ElementsAre(1, 2, 3, 4));
+  EXPECT_THAT(*client.put("array", std::array{1, 2}, {2})->as<int>(), testing::ElementsAre(1, 2));
+  EXPECT_THAT(*client.put("span", std::span(items).first(3), {3})->as<double>(), testing::SizeIs(3));
+  EXPECT_THAT(*client.put<double>("named", items, {4}, {.checksum = true})->as<double>(), testing::SizeIs(4));
 }
 
 TEST_F(Arrays, OfEveryNumberOfDimensions) {

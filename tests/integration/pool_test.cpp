@@ -1,12 +1,16 @@
 // Pools: worker processes that map a function over chunks of an array, or over sets of arguments.
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <condition_variable>
 #include <csignal>
 #include <cstdint>
+#include <mutex>
 #include <numeric>
 #include <sched.h>
 #include <stdexcept>
 #include <string>
+#include <sys/stat.h>
 #include <thread>
 #include <tuple>
 #include <unistd.h>
@@ -218,6 +222,63 @@ TEST_F(PoolTest, KeepsAnOutputThatHasAName) {
   const auto doubled = client.attach("doubled");
   ASSERT_THAT(doubled, Succeeds());
   EXPECT_EQ((*doubled->as<Item>())[9], 18);
+}
+
+TEST_F(PoolTest, AppliesATaskToAChunkOfAnArray) {
+  const Client client = connect();
+  const Pool pool = start_pool(client);
+  const Array input = counted(client, 10);
+  EXPECT_THAT(pool.apply(sum, input), testing::Optional(45));
+  EXPECT_THAT(pool.apply(sum, ArrayRows(input, {2, 5})), testing::Optional(2 + 3 + 4));
+  const auto scaled = [](const Chunk<Item>& chunk, Item factor) {
+    return factor * sum(chunk.items) + static_cast<Item>(chunk.rows.begin);
+  };
+  EXPECT_THAT(pool.apply(scaled, ArrayRows(input, {9, 10}), 3), testing::Optional(3 * 9 + 9));
+  EXPECT_THAT(*pool.starmap(scaled, {{input, 1}, {{input, {1, 3}}, 2}}), ElementsAre(45, 2 * 3 + 1));
+  EXPECT_THAT(*pool.starmap(sum, std::vector<std::tuple<ArrayRows>>{{{input, {0, 0}}}, {input}}),
+              ElementsAre(0, 45));
+  EXPECT_THAT(pool.apply(sum, ArrayRows(input, {5, 11})), FailsWith(Errc::invalid_shape));
+  const auto floats = client.put("floats", std::vector<float>{1, 2}, {2});
+  EXPECT_THAT(pool.apply(sum, *floats), FailsWith(Errc::invalid_dtype));
+}
+
+TEST_F(PoolTest, TakesArgumentsAndSetsOfThemAsTheyAreWritten) {
+  const Client client = connect();
+  const Pool pool = start_pool(client);
+  const Array input = counted(client, 4);
+  const auto times = [](std::span<const Item> in, double factor) {
+    return factor * static_cast<double>(sum(in));
+  };
+  EXPECT_THAT(*pool.map(input, times, {.chunks = 1}, 0.5), ElementsAre(3.0));
+  const auto parts = pool.map(input, times, 2);
+  ASSERT_THAT(parts, Succeeds());
+  EXPECT_EQ(std::accumulate(parts->begin(), parts->end(), 0.0), 12.0);
+  EXPECT_THAT(pool.map_async(input, times, 2)->get(), Succeeds());
+  const auto power = [](double base, int exponent) { return base * exponent; };
+  EXPECT_THAT(*pool.starmap(power, {{1, 2}, {3, 4}}), ElementsAre(2.0, 12.0));
+  EXPECT_THAT(*pool.starmap([](int one) { return -one; }, {{1}, {2}, {3}}), ElementsAre(-1, -2, -3));
+  EXPECT_THAT(pool.starmap_async(power, {{1, 2}})->get_one(0), testing::Optional(2.0));
+  const auto nth = [](const Array& array, std::size_t index, const std::string& after) {
+    return std::to_string((*array.as<Item>())[index]) + after;
+  };
+  EXPECT_THAT(*pool.starmap(nth, {{input, 1, "st"}, {input, 3, "rd"}}), ElementsAre("1st", "3rd"));
+}
+
+TEST_F(PoolTest, MapsRowsThatLieTogetherInFortranOrderToo) {
+  const Client client = connect();
+  const Pool pool = start_pool(client);
+  const std::vector<Item> items = {1, 2, 3, 4};
+  const auto put = [&](const Shape& shape) {
+    return client.put("fortran", {Dtype::of<Item>(), shape, Order::fortran},
+                      std::as_bytes(std::span(items).first(shape == Shape{4, 0} ? 0 : 4)), {.replace = true});
+  };
+  EXPECT_THAT(*pool.map(*put({4, 1}), sum, {.chunks = 2}), ElementsAre(1 + 2, 3 + 4));
+  EXPECT_THAT(*pool.map(*put({1, 4}), sum), ElementsAre(10));
+  EXPECT_THAT(*pool.map(*put({1, 4, 1}), sum), ElementsAre(10));
+  EXPECT_THAT(*pool.map(*put({4, 0}), sum, {.chunks = 1}), ElementsAre(0));
+  EXPECT_THAT(pool.map(*put({2, 2}), sum), FailsWith(Errc::invalid_argument));
+  EXPECT_THAT(pool.map(*put({1, 2, 2}), sum), FailsWith(Errc::invalid_argument))
+      << "one row, but not in C order";
 }
 
 // ---- Several at a time ----
@@ -471,6 +532,151 @@ TEST_F(PoolTest, OfAParentIsNothingToItsChildren) {
   Child child([&](const Link&) { pool.reset(); });
   EXPECT_EQ(child.wait(), 0);
   EXPECT_THAT(pool->apply([] { return 2; }), testing::Optional(2));
+}
+
+// ---- Workers that neither work nor end ----
+
+// What a program does before it becomes a service, and some libraries after a fork.
+void close_descriptors() {
+  for (int fd = 3; fd < 1024; ++fd) ::close(fd);
+}
+
+// Each descriptor is another file then: what is written to it would be written there.
+void replace_sockets() {
+  for (int fd = 3; fd < 1024; ++fd) {
+    struct stat now {};
+    if (::fstat(fd, &now) == 0 && S_ISSOCK(now.st_mode)) ::dup2(STDIN_FILENO, fd);
+  }
+}
+
+void become_another_program() {
+  ::execlp("sleep", "sleep", "1000", nullptr);
+}
+
+void loop_for_ever() {
+  for (volatile bool is_endless = true; is_endless;) {
+  }
+}
+
+void stop_itself() {
+  ::raise(SIGSTOP);
+}
+
+void exit_at_once() {
+  ::_exit(0);
+}
+
+TEST_F(PoolTest, EndsWorkersThatNeitherWorkNorEnd) {
+  struct Useless {
+    const char* what;
+    void (*task)();
+    Milliseconds lease;
+  };
+  const std::vector<Useless> all = {{"closes descriptors", close_descriptors, {}},
+                                    {"replaces sockets", replace_sockets, {}},
+                                    {"becomes another program", become_another_program, {}},
+                                    {"exits", exit_at_once, {}},
+                                    {"loops", loop_for_ever, Milliseconds(500)},
+                                    {"stops", stop_itself, Milliseconds(500)}};
+  const Client client = connect();
+  for (const auto& [what, task, lease] : all) {
+    SCOPED_TRACE(what);
+    const Pool pool = start_pool(client, {.workers = 1, .attempts = 2, .lease = lease});
+    const auto job = pool.apply_async(task);
+    ASSERT_THAT(job, Succeeds());
+    ASSERT_THAT(job->get_one(0, kDeadline), FailsWith(Errc::slot_failed));
+    EXPECT_EQ(job->failures().front().attempt, 2U);
+    EXPECT_TRUE(eventually([&] { return pool.apply([] { return 5; }) == 5; })) << "another takes its place";
+  }
+}
+
+TEST_F(PoolTest, SaysThatATaskClosedItsWorkersDescriptors) {
+  const Client client = connect();
+  const Pool pool = start_pool(client, {.workers = 1, .attempts = 1});
+  for (const auto task : {close_descriptors, replace_sockets}) {
+    const auto answer = pool.apply_async(task)->get_one(0, kDeadline);
+    ASSERT_THAT(answer, FailsWith(Errc::slot_failed));
+    EXPECT_THAT(answer.error().message, HasSubstr("may close only what it opened"));
+  }
+}
+
+// As a library does that starts threads at its first use: in a fork, they are not there.
+class ThreadedLibrary {
+ public:
+  static int compute() {
+    static ThreadedLibrary library;
+    std::unique_lock lock(library.mutex_);
+    const int wanted = ++library.asked_;
+    library.wake_.notify_all();
+    library.done_.wait(lock, [&] { return library.answered_ >= wanted; });
+    return 42;
+  }
+
+ private:
+  ThreadedLibrary() : helper_([this] { answer(); }) { helper_.detach(); }
+  void answer() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return answered_ < asked_; });
+      answered_ = asked_;
+      done_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable done_;
+  int asked_ = 0;
+  int answered_ = 0;
+  std::thread helper_;
+};
+
+TEST_F(PoolTest, SaysThatALibraryWaitsForThreadsThatAForkDoesNotHave) {
+  Child program([&](const Link&) {
+    EXPECT_EQ(ThreadedLibrary::compute(), 42);
+    const Client client = connect("program");
+    testing::internal::CaptureStderr();
+    const Pool pool = start_pool(client, {.workers = 1, .attempts = 1, .stuck_after = Milliseconds(50)});
+    const auto answer = pool.apply_async(ThreadedLibrary::compute)->get_one(0, kDeadline);
+    const std::string log = testing::internal::GetCapturedStderr();
+    ASSERT_THAT(answer, FailsWith(Errc::slot_failed));
+    for (const auto* word : {"all its threads waited for each other", "the program had 2 threads", "OpenMP",
+                             "PoolOptions::program"}) {
+      EXPECT_THAT(answer.error().message, HasSubstr(word));
+      EXPECT_THAT(log, HasSubstr(word));
+    }
+  });
+  EXPECT_EQ(program.wait(), 0);
+}
+
+// Threads that wait for something else than each other are left alone.
+TEST_F(PoolTest, LeavesWorkersAloneThatWait) {
+  const Client client = connect();
+  const Pool pool = start_pool(client, {.workers = 1, .attempts = 1, .stuck_after = Milliseconds(1)});
+  const auto wait = [](const std::string& socket) {
+    std::mutex mutex;
+    std::condition_variable woken;
+    bool is_there = false;
+    std::thread other([&] {
+      const auto own = Client::connect({.socket = socket, .command = {}});
+      (void)own->put("waiting", {Dtype::of<std::uint8_t>(), {0}}, {});
+      (void)own->attach("go", {.wait = kForever});
+      const std::lock_guard lock(mutex);
+      is_there = true;
+      woken.notify_one();
+    });
+    std::unique_lock lock(mutex);
+    woken.wait(lock, [&] { return is_there; });
+    lock.unlock();
+    other.join();
+    return 1;
+  };
+  const auto job = pool.apply_async(wait, client.socket());
+  ASSERT_THAT(client.attach("waiting", {.wait = kForever}), Succeeds());
+  EXPECT_THAT(job->wait(Milliseconds(200)), FailsWith(Errc::timed_out));
+  ASSERT_THAT(client.put("go", {Dtype::of<std::uint8_t>(), {0}}, {}), Succeeds());
+  EXPECT_THAT(job->get_one(0), testing::Optional(1));
+  EXPECT_EQ(pool.restarts(), 0U);
 }
 
 // ---- Workers that are another program ----

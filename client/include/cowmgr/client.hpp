@@ -11,7 +11,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
+#include <ranges>
 #include <span>
 #include <string>
 #include <string_view>
@@ -25,7 +27,8 @@ namespace cowmgr {
 
 namespace detail {
 class Connection;
-}
+struct ClientAccess;
+}  // namespace detail
 
 struct ConnectOptions {
   // Path of the daemon's socket. Empty: $COWMGR_SOCKET, else $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock if it
@@ -36,6 +39,11 @@ struct ConnectOptions {
   // How long a call tries to find the daemon again when it went away. 0: not at all.
   Milliseconds reconnect = std::chrono::seconds(30);
   Milliseconds wait{0};  // how long to wait for a daemon that is not there yet. Default: not at all
+  // Whose daemon is trusted, by name or number, besides one of the caller's own user, of root, or of the
+  // owner of the socket's directory where only root could have made that (/run/cowmgr of the packaged
+  // service). Empty: $COWMGR_DAEMON_USER, else nobody's. In a user namespace, what is served from outside it
+  // must be named.
+  std::string daemon_user{};
 };
 
 struct CreateOptions {
@@ -80,30 +88,40 @@ struct AttachOptions {
 class Client {
  public:
   // Connects, and introduces this process. Blocks for one round trip, and for the wait. Errors: no_daemon,
-  // with how to start one; protocol_mismatch.
+  // with how to start one; protocol_mismatch; permission_denied when the daemon is of a user who is not
+  // trusted, now or when another one takes its place.
   [[nodiscard]] static Result<Client> connect(const ConnectOptions& options = {});
 
   // Makes room for an array that the caller then fills and seals. Blocks while the memory is being backed,
   // which takes time for gigabytes; other threads are not held up. Errors: invalid_name, invalid_shape,
   // already_exists, out_of_memory (says what is needed, free, evictable, pinned, and who holds it),
   // quota_exceeded.
-  [[nodiscard]] Result<ArrayWriter> create(std::string_view name, const ArraySpec& spec,
+  [[nodiscard]] Result<ArrayWriter> create(NameRef name, const ArraySpec& spec,
                                            const CreateOptions& options = {}) const;
 
   // create(), copy `data` in, seal(). `data` must have as many bytes as `spec` says (else invalid_shape).
-  [[nodiscard]] Result<Array> put(std::string_view name, const ArraySpec& spec,
-                                  std::span<const std::byte> data, const CreateOptions& options = {}) const;
+  [[nodiscard]] Result<Array> put(NameRef name, const ArraySpec& spec, std::span<const std::byte> data,
+                                  const CreateOptions& options = {}) const;
   template <Scalar T>
-  [[nodiscard]] Result<Array> put(std::string_view name, std::span<const T> data, Shape shape,
+  [[nodiscard]] Result<Array> put(NameRef name, std::span<const T> data, Shape shape,
                                   const CreateOptions& options = {}) const {
     return put(name, ArraySpec{Dtype::of<T>(), std::move(shape)}, std::as_bytes(data), options);
+  }
+  // The same of whatever holds its items in a row: a vector, an array.
+  template <std::ranges::contiguous_range R>
+    requires(Scalar<std::ranges::range_value_t<R>> && std::ranges::sized_range<R>)
+  [[nodiscard]] Result<Array> put(NameRef name, const R& data, Shape shape,
+                                  const CreateOptions& options = {}) const {
+    return put(name, std::span<const std::ranges::range_value_t<R>>(data), std::move(shape), options);
   }
 
   // A view of the newest sealed version of `name`. Takes the same time whatever the array's size. Errors:
   // not_found, timed_out when it did not come within the wait, permission_denied, tampered.
-  [[nodiscard]] Result<Array> attach(std::string_view name, const AttachOptions& options = {}) const;
+  [[nodiscard]] Result<Array> attach(NameRef name, const AttachOptions& options = {}) const;
   // Views of all `names` (at most 64), or none, in one round trip.
   [[nodiscard]] Result<std::vector<Array>> attach(std::span<const std::string> names,
+                                                  const AttachOptions& options = {}) const;
+  [[nodiscard]] Result<std::vector<Array>> attach(std::initializer_list<std::string_view> names,
                                                   const AttachOptions& options = {}) const;
 
   // A view of the version with this id, though its name may be gone or another's by now. Errors: not_found
@@ -114,12 +132,15 @@ class Client {
   // whatever characters it holds. Errors: not_found, pinned, busy while one is being written,
   // permission_denied.
   [[nodiscard]] Result<EvictReport> evict(std::span<const std::string> names) const;
+  [[nodiscard]] Result<EvictReport> evict(std::initializer_list<std::string_view> names) const;
+  [[nodiscard]] Result<EvictReport> evict(NameRef name) const;
   // The same for the names that match any of the patterns (at most 64, of at most 512 bytes): `*` stands for
   // any characters, `?` for one, a backslash takes away the meaning of what follows it. Passes over what is
   // pinned. Errors: not_found when a pattern matches nothing, pinned when they match nothing else,
   // invalid_argument, also when to hold them against all names takes too long.
   [[nodiscard]] Result<EvictReport> evict_matching(std::span<const std::string> patterns) const;
-  [[nodiscard]] Result<EvictReport> evict_matching(std::string_view pattern) const;
+  [[nodiscard]] Result<EvictReport> evict_matching(std::initializer_list<std::string_view> patterns) const;
+  [[nodiscard]] Result<EvictReport> evict_matching(NameRef pattern) const;
   // Evicts unpinned, unviewed arrays that the caller may write, evictable or not, least recently used first,
   // until `size_bytes` are freed or none is left.
   [[nodiscard]] Result<EvictReport> evict_lru(std::uint64_t size_bytes) const;
@@ -127,43 +148,45 @@ class Client {
   // Pinned arrays are never evicted. Returns the names. Errors: not_found, permission_denied.
   [[nodiscard]] Result<std::vector<std::string>> pin(std::span<const std::string> names,
                                                      bool pinned = true) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin(std::initializer_list<std::string_view> names,
+                                                     bool pinned = true) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin(NameRef name, bool pinned = true) const;
   // The same for the names that match any of the patterns, as evict_matching().
   [[nodiscard]] Result<std::vector<std::string>> pin_matching(std::span<const std::string> patterns,
                                                               bool pinned = true) const;
-  [[nodiscard]] Result<std::vector<std::string>> pin_matching(std::string_view pattern,
-                                                              bool pinned = true) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin_matching(
+      std::initializer_list<std::string_view> patterns, bool pinned = true) const;
+  [[nodiscard]] Result<std::vector<std::string>> pin_matching(NameRef pattern, bool pinned = true) const;
 
   // The sealed version of `name`; if there is none, one that is being written or drained. Errors: not_found,
   // permission_denied.
-  [[nodiscard]] Result<ArrayDetails> stat(std::string_view name) const;
+  [[nodiscard]] Result<ArrayDetails> stat(NameRef name) const;
   // All arrays that this process may read, those being written or drained too, in order of creation; or those
   // of one name; or those whose name matches a pattern, as evict_matching(). Empty when there are none.
   [[nodiscard]] Result<std::vector<ArrayInfo>> list() const;
-  [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view name) const;
-  [[nodiscard]] Result<std::vector<ArrayInfo>> list_matching(std::string_view pattern) const;
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list(NameRef name) const;
+  [[nodiscard]] Result<std::vector<ArrayInfo>> list_matching(NameRef pattern) const;
   [[nodiscard]] Result<std::vector<ClientInfo>> clients() const;
 
   // A dense result set: one C-order output array of `spec`, its rows split into `slots` slots (at least 1;
   // more slots than rows leave the last ones empty). The set goes with the client that made it, unless it is
   // done by then, or detached. Errors: as create(), and invalid_shape without a first axis.
-  [[nodiscard]] Result<ResultSet> create_results(std::string_view name, const ArraySpec& spec,
-                                                 std::uint64_t slots,
+  [[nodiscard]] Result<ResultSet> create_results(NameRef name, const ArraySpec& spec, std::uint64_t slots,
                                                  const ResultsOptions& options = {}) const;
   // A ragged result set: `slots` results of any size. It goes with the client that made it, and its results
   // with it, unless it is detached. Errors: invalid_name, invalid_argument, already_exists, out_of_memory,
   // quota_exceeded.
-  [[nodiscard]] Result<ResultSet> create_ragged(std::string_view name, std::uint64_t slots,
+  [[nodiscard]] Result<ResultSet> create_ragged(NameRef name, std::uint64_t slots,
                                                 const ResultsOptions& options = {}) const;
   // The result set `name`; waits up to `wait` until it is there. Errors: not_found, permission_denied.
-  [[nodiscard]] Result<ResultSet> open_results(std::string_view name,
-                                               Milliseconds wait = Milliseconds{0}) const;
+  [[nodiscard]] Result<ResultSet> open_results(NameRef name, Milliseconds wait = Milliseconds{0}) const;
   // The oldest result set of the queue that has a free slot; waits up to `wait` until there is one. Sees only
   // sets that this process's user made. Errors: timed_out.
-  [[nodiscard]] Result<ResultSet> open_queued(std::string_view queue, Milliseconds wait = kForever) const;
+  [[nodiscard]] Result<ResultSet> open_queued(NameRef queue, Milliseconds wait = kForever) const;
   // As list() and list_matching().
   [[nodiscard]] Result<std::vector<ResultsInfo>> list_results() const;
-  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view name) const;
-  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results_matching(std::string_view pattern) const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(NameRef name) const;
+  [[nodiscard]] Result<std::vector<ResultsInfo>> list_results_matching(NameRef pattern) const;
 
   [[nodiscard]] Result<DaemonInfo> ping() const;
   // Asks the daemon to stop. Its arrays stay for the next daemon of the instance, unless `purge`. Errors:
@@ -180,6 +203,7 @@ class Client {
                                                      bool pinned) const;
   [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view text, bool is_pattern) const;
   [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view text, bool is_pattern) const;
+  friend struct detail::ClientAccess;
   explicit Client(std::shared_ptr<detail::Connection> connection) noexcept
       : connection_(std::move(connection)) {}
 

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <chrono>
+#include <concepts>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <sys/types.h>
 #include <vector>
 
@@ -17,6 +19,16 @@ using Milliseconds = std::chrono::milliseconds;
 
 // For waits without an end.
 inline constexpr Milliseconds kForever = Milliseconds::max();
+
+// A name, or another text that a call takes: whatever converts to std::string_view. That itself could be made
+// of {"a", "b"}, taken for pointers to the two ends of one string.
+class NameRef : public std::string_view {
+ public:
+  template <class T>
+    requires std::convertible_to<const T&, std::string_view>
+  // NOLINTNEXTLINE(google-explicit-constructor): it takes the place of std::string_view
+  NameRef(const T& text) : std::string_view(text) {}
+};
 
 enum class ArrayState : std::uint8_t {
   writing,   // its writer fills it; nobody else sees it

@@ -9,7 +9,8 @@
 // since a worker is another process. It may return a value, Result<...>, or nothing; an error that it
 // returns, or an exception that it throws, fails its slot, and the others go on.
 //
-//   first parameter    std::span<const T> or const Chunk<T>&: map() calls it with the rows of each chunk
+//   first parameter    std::span<const T> or const Chunk<T>&: map() calls it with the rows of each chunk;
+//                      apply() and starmap() take an Array first, or rows of it: ArrayRows(array, {10, 20})
 //                      anything else: apply() and starmap() call it with arguments alone
 //   next parameter     std::span<U>: the rows of the output, to be filled in place; the results are one array
 //                      Slot&: it fills its slot itself, with an array of the size that it now knows
@@ -17,6 +18,7 @@
 //   all others         arguments: what cereal serialises, and const Array&, which is mapped and never copied
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -41,7 +43,12 @@ struct PoolOptions {
   std::uint32_t workers =
       0;  // processes. 0: as many as processors that this one may use, less one, at least one
   std::uint32_t attempts = 3;  // a slot whose worker died so often has failed; 0: no limit
-  Milliseconds lease{0};       // a worker that takes longer for a slot loses it. Default: no limit
+  // A worker that takes longer for a slot loses it, and is ended: the cure for tasks that may hang, in an
+  // endless loop say, or stopped (SIGSTOP). Default: no limit
+  Milliseconds lease{0};
+  // A worker whose threads have all waited for each other for so long is ended: none of them will ever go on.
+  // 0: it stays.
+  Milliseconds stuck_after{3000};
   // Workers run this program, which calls serve_pool(), with `arguments`. Empty: they are forks of this one.
   std::string program{};
   std::vector<std::string> arguments{};
@@ -57,6 +64,11 @@ struct MapOptions {
 namespace detail {
 class PoolImpl;
 class JobImpl;
+
+template <class T, class... Args>
+inline constexpr bool kBeginsWith = false;
+template <class T, class First, class... Rest>
+inline constexpr bool kBeginsWith<T, First, Rest...> = std::is_same_v<T, First>;
 
 // A job as the pool's core takes it, whatever the types.
 struct JobRequest {
@@ -76,7 +88,8 @@ class JobHandle {
   // State and counts now.
   [[nodiscard]] Result<ResultsInfo> info() const;
   // Waits until every slot is settled; `progress` as ResultSet::wait_settled(). Errors: timed_out;
-  // slot_failed with the first slot that failed, and why; cancelled; no_workers when the pool has ended.
+  // slot_failed with the first slot that failed, and why; cancelled; no_workers when the pool has ended. When
+  // a worker was ended since the job began (see Pool), slot_failed and timed_out say of the last why.
   [[nodiscard]] Result<void> wait(Milliseconds wait = kForever,
                                   const ResultSet::OnProgress& progress = {}) const;
   // Slots that have failed so far, with the message of the exception or how the worker died, in order.
@@ -90,6 +103,13 @@ class JobHandle {
   explicit JobHandle(std::shared_ptr<JobImpl> impl) noexcept : impl_(std::move(impl)) {}
   [[nodiscard]] Result<SlotInfo> wait_slot(std::uint64_t index, Milliseconds wait) const;
   [[nodiscard]] Result<std::optional<std::uint64_t>> settled_at(std::uint64_t rank, Milliseconds wait) const;
+  // The same, with what became of the pool's workers, where that may be the reason.
+  template <class T>
+  [[nodiscard]] Result<T> explained(Result<T> result) const {
+    if (!result) result = tl::unexpected(explained(std::move(result).error()));
+    return result;
+  }
+  [[nodiscard]] Error explained(Error error) const;
 
   std::shared_ptr<JobImpl> impl_;
 };
@@ -125,7 +145,7 @@ class Job : public detail::JobHandle {
   // The result of one slot; waits until it is there. Errors: as wait(), of this slot alone.
   [[nodiscard]] Result<R> get_one(std::uint64_t index, Milliseconds wait = kForever) const {
     if (auto slot = wait_slot(index, wait); !slot) return error_of(std::move(slot));
-    return detail::read_result<R>(results(), index);
+    return explained(detail::read_result<R>(results(), index));
   }
 
   struct Completed {
@@ -139,7 +159,7 @@ class Job : public detail::JobHandle {
     const auto index = settled_at(rank, wait);
     if (!index) return error_of(index);
     if (!*index) return std::optional<Completed>();
-    return Completed{**index, detail::read_result<R>(results(), **index)};
+    return Completed{**index, explained(detail::read_result<R>(results(), **index))};
   }
 
  private:
@@ -151,8 +171,15 @@ class Job : public detail::JobHandle {
 // object, or when the process that started them ends, however it ends. Move-only; all calls are thread-safe.
 //
 // The workers are forked in start(): what the program sets up later, they do not see. Start the pool early,
-// as fork(2) asks of programs with threads. Ctrl-C does not reach them: what the program makes of it counts.
+// as fork(2) asks of programs with threads: a fork has one thread, and a library that had started others
+// (OpenMP, a BLAS, a thread pool) waits for them for ever. Where that cannot be helped, let the workers be
+// another program (PoolOptions::program). Ctrl-C does not reach them: what the program makes of it counts.
 // Their standard input is empty.
+//
+// A worker that neither works nor ends is ended, and its slot comes back as if it had died: one whose task
+// closed descriptors that it had not opened, or became another program (exec); one whose threads all wait for
+// each other; with a lease limit, one that takes longer. Of the first two, standard error says so, and so do
+// the errors of the jobs.
 class Pool {
  public:
   // Starts the workers, which connect to the daemon of `client`. Errors: not_found for a program that is not
@@ -171,8 +198,10 @@ class Pool {
   [[nodiscard]] std::uint64_t restarts() const noexcept;
 
   // Calls `task` with the rows of each chunk of `input`, and waits for all. Returns an Array for tasks that
-  // fill rows of the output, else std::vector<R>. Errors: as Job::get(); invalid_dtype when the input holds
-  // other items than the task takes; invalid_shape without a first axis; and as Client::create_results().
+  // fill rows of the output, else std::vector<R>. `args` follow the options, if there are any. Errors: as
+  // Job::get(); invalid_dtype when the input holds other items than the task takes; invalid_shape without a
+  // first axis; invalid_argument when its rows do not lie together (Fortran order, with more than one axis
+  // longer than 1); and as Client::create_results().
   template <class F, class... Args>
   [[nodiscard]] auto map(const Array& input, const F& task, const MapOptions& options,
                          const Args&... args) const {
@@ -180,9 +209,10 @@ class Pool {
     if (!job) return decltype(job->get())(error_of(std::move(job)));
     return job->get();
   }
-  template <class F>
-  [[nodiscard]] auto map(const Array& input, const F& task) const {
-    return map(input, task, MapOptions());
+  template <class F, class... Args>
+    requires(!detail::kBeginsWith<MapOptions, Args...>)
+  [[nodiscard]] auto map(const Array& input, const F& task, const Args&... args) const {
+    return map(input, task, MapOptions(), args...);
   }
 
   // The same, without waiting: a Result<DenseJob> or Result<Job<R>>. Read it as imap does, in order with
@@ -203,12 +233,14 @@ class Pool {
     request->arguments.push_back(Task::pack(args...));
     return submit<Handle>(*request);
   }
-  template <class F>
-  [[nodiscard]] auto map_async(const Array& input, const F& task) const {
-    return map_async(input, task, MapOptions());
+  template <class F, class... Args>
+    requires(!detail::kBeginsWith<MapOptions, Args...>)
+  [[nodiscard]] auto map_async(const Array& input, const F& task, const Args&... args) const {
+    return map_async(input, task, MapOptions(), args...);
   }
 
-  // Calls `task` once, with `args`, and waits for what it returns.
+  // Calls `task` once, with `args`, and waits for what it returns. The first of them is an Array, or
+  // ArrayRows, for a task that takes a chunk. Errors: as Job::get_one(), and as map().
   template <class F, class... Args>
   [[nodiscard]] auto apply(const F& task, const Args&... args) const {
     using R = typename detail::TaskOf<F>::Type::Value;
@@ -218,28 +250,29 @@ class Pool {
   }
   template <class F, class... Args>
   [[nodiscard]] auto apply_async(const F& task, const Args&... args) const {
-    return run_each(task, std::vector<std::string>{detail::TaskOf<F>::Type::pack(args...)});
+    return run_each(task, packed<F>(std::array{std::tuple<const Args&...>(args...)}));
   }
 
-  // Calls `task` with each set of arguments. Returns std::vector<R>, in their order.
+  // Calls `task` with each set of arguments: a vector of tuples, or braces, {{1, 2}, {3, 4}}. Returns
+  // std::vector<R>, in their order.
   template <class F, class... Args>
   [[nodiscard]] auto starmap(const F& task, const std::vector<std::tuple<Args...>>& sets) const {
-    using All = detail::AllOf<typename detail::TaskOf<F>::Type::Value>;
-    if (sets.empty()) return Result<All>();
-    auto job = starmap_async(task, sets);
-    if (!job) return Result<All>(error_of(std::move(job)));
-    return job->get();
+    return starmap_of(task, sets);
+  }
+  template <class F>
+  [[nodiscard]] auto starmap(const F& task,
+                             std::initializer_list<typename detail::TaskOf<F>::Type::Set> sets) const {
+    return starmap_of(task, sets);
   }
   // The same, without waiting. Errors: invalid_argument for no sets at all.
   template <class F, class... Args>
   [[nodiscard]] auto starmap_async(const F& task, const std::vector<std::tuple<Args...>>& sets) const {
-    std::vector<std::string> packed;
-    packed.reserve(sets.size());
-    for (const auto& set : sets) {
-      packed.push_back(
-          std::apply([](const auto&... args) { return detail::TaskOf<F>::Type::pack(args...); }, set));
-    }
-    return run_each(task, std::move(packed));
+    return run_each(task, packed<F>(sets));
+  }
+  template <class F>
+  [[nodiscard]] auto starmap_async(const F& task,
+                                   std::initializer_list<typename detail::TaskOf<F>::Type::Set> sets) const {
+    return run_each(task, packed<F>(sets));
   }
 
  private:
@@ -256,13 +289,33 @@ class Pool {
     if (!job) return error_of(std::move(job));
     return Handle(*std::move(job));
   }
+  template <class F, class Sets>
+  [[nodiscard]] static std::vector<Result<std::string>> packed(const Sets& sets) {
+    std::vector<Result<std::string>> packed;
+    packed.reserve(sets.size());
+    for (const auto& set : sets) {
+      packed.push_back(
+          std::apply([](const auto&... args) { return detail::TaskOf<F>::Type::pack_set(args...); }, set));
+    }
+    return packed;
+  }
+  template <class F, class Sets>
+  [[nodiscard]] auto starmap_of(const F& task, const Sets& sets) const {
+    using All = detail::AllOf<typename detail::TaskOf<F>::Type::Value>;
+    if (sets.size() == 0) return Result<All>();
+    auto job = run_each(task, packed<F>(sets));
+    if (!job) return Result<All>(error_of(std::move(job)));
+    return job->get();
+  }
   template <class F>
-  [[nodiscard]] auto run_each(const F& task, std::vector<std::string> packed) const {
-    using Task = typename detail::TaskOf<F>::Type;
-    static_assert(!Task::kMaps, "a task whose first parameter is a chunk of an array is for map()");
-    const std::uint64_t slots = packed.size();
-    return submit<Job<typename Task::Value>>(
-        {.task = detail::TaskOf<F>::code(task), .slots = slots, .arguments = std::move(packed)});
+  [[nodiscard]] auto run_each(const F& task, std::vector<Result<std::string>> packed) const
+      -> Result<Job<typename detail::TaskOf<F>::Type::Value>> {
+    detail::JobRequest request{.task = detail::TaskOf<F>::code(task), .slots = packed.size()};
+    for (auto& one : packed) {
+      if (!one) return error_of(std::move(one));
+      request.arguments.push_back(*std::move(one));
+    }
+    return submit<Job<typename detail::TaskOf<F>::Type::Value>>(request);
   }
 
   std::shared_ptr<detail::PoolImpl> impl_;

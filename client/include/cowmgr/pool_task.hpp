@@ -40,15 +40,30 @@ struct Chunk {
   std::uint64_t row_items = 1;  // in each row
 };
 
+// Rows of an array: what apply() and starmap() are given for a task that takes a chunk. An Array stands for
+// all of its rows. Borrows the array.
+struct ArrayRows {
+  const Array& array;
+  Rows rows;
+
+  // NOLINTNEXTLINE(google-explicit-constructor): an Array may stand where rows are wanted
+  ArrayRows(const Array& all) : array(all), rows{0, all.shape().empty() ? 0 : all.shape().front()} {}
+  ArrayRows(const Array& whole, const Rows& part) : array(whole), rows(part) {}
+};
+
 namespace detail {
+
+// Errors: invalid_dtype when the array does not hold such items; invalid_shape without a first axis, or with
+// fewer rows; invalid_argument when the items of its rows do not lie together in C order.
+[[nodiscard]] Result<void> check_rows(const ArrayRows& chunk, const Dtype& items);
 
 // ---- What a worker calls ----
 
 struct WorkerCall {
   const Client& client;
   Slot& slot;
-  std::uint64_t slots;  // of the job
-  const Array* input;   // whose rows are split; or null
+  const Array* input;  // that the chunk is of; or null, and the arguments tell, if the task takes one
+  Rows rows;           // that the chunk is
   std::span<const std::byte> arguments;
   void (*function)();  // the task, as TaskCode has it
 };
@@ -83,6 +98,13 @@ struct Packing<Array> {
     std::uint64_t id = 0;
     from(id);
     return attach_argument(client, id);
+  }
+};
+
+template <>
+struct Packing<ArrayRows> {
+  static void save(cereal::BinaryOutputArchive& to, const ArrayRows& chunk) {
+    to(chunk.array.id(), chunk.rows.begin, chunk.rows.end);
   }
 };
 
@@ -176,8 +198,7 @@ template <Scalar T>
   const auto items = need(call.input->as<T>());
   const std::uint64_t rows = call.input->shape().front();
   const std::uint64_t row_items = rows == 0 ? 1 : items.size() / rows;
-  const Rows mine = rows_of_slot(rows, call.slots, call.slot.index());
-  return {items.subspan(mine.begin * row_items, mine.count() * row_items), mine, row_items};
+  return {items.subspan(call.rows.begin * row_items, call.rows.count() * row_items), call.rows, row_items};
 }
 
 // Parameters that the pool itself fills; all others are arguments.
@@ -252,6 +273,16 @@ void pack_as(cereal::BinaryOutputArchive& archive, const Given& given) {
     Packing<T>::save(archive, T(given));
 }
 
+// How one argument stands in a set of them, which braces make: arrays cannot be copied there.
+template <class P>
+struct InSet {
+  using Type = P;
+};
+template <>
+struct InSet<Array> {
+  using Type = const Array&;
+};
+
 // The I-th parameter, or void beyond the last.
 template <std::size_t I, class... P>
 struct ParameterAt {
@@ -278,6 +309,16 @@ struct Signature {
   static constexpr std::size_t kArguments = sizeof...(P) - kLeading;
   static_assert(kMaps || !kIsDense, "a task that fills rows of the output takes a chunk of the input first");
 
+  // What apply() takes, and starmap() for each call: the arguments, and before them the chunk of a task that
+  // takes one.
+  template <std::size_t... I>
+  static auto set_of(std::index_sequence<I...> /*arguments*/)
+      -> std::tuple<typename InSet<typename ParameterAt<kLeading + I, P...>::Type>::Type...>;
+  using Arguments = decltype(set_of(std::make_index_sequence<kArguments>()));
+  using Set =
+      decltype(std::tuple_cat(std::declval<std::conditional_t<kMaps, std::tuple<ArrayRows>, std::tuple<>>>(),
+                              std::declval<Arguments>()));
+
   // Of a slot: what the task returns, or the array that it puts there.
   using Value = std::conditional_t<kTarget == Leading::slot, Array, typename Returned<R>::Value>;
   using Function = R (*)(P...);
@@ -293,23 +334,52 @@ struct Signature {
     }(std::make_index_sequence<kArguments>());
   }
 
+  // The same for apply() and starmap(): `chunk` before the arguments, for a task that takes one. Errors: as
+  // check_rows().
+  template <class... Given>
+  [[nodiscard]] static Result<std::string> pack_set(const Given&... given) {
+    static_assert(!kIsDense, "a task that fills rows of the output is for map()");
+    if constexpr (kMaps)
+      return pack_chunk(given...);
+    else
+      return pack(given...);
+  }
+
   [[nodiscard]] static Result<void> run(const WorkerCall& call) {
     return run(call, std::make_index_sequence<kLeading>(), std::make_index_sequence<kArguments>());
   }
 
  private:
+  template <class... Given>
+  static Result<std::string> pack_chunk(const ArrayRows& chunk, const Given&... given) {
+    if (auto ok = check_rows(chunk, Dtype::of<typename At<0>::Item>()); !ok) return error_of(std::move(ok));
+    return pack_one(chunk) + pack(given...);
+  }
+
+  // The chunk that pack_set() put before the arguments; its array is kept in `array`.
+  static WorkerCall with_chunk(WorkerCall call, cereal::BinaryInputArchive& archive,
+                               std::optional<Array>& array) {
+    array = Packing<Array>::load(archive, call.client);
+    call.input = &*array;
+    archive(call.rows.begin, call.rows.end);
+    return call;
+  }
+
   template <std::size_t... L, std::size_t... I>
   static Result<void> run(const WorkerCall& call, std::index_sequence<L...> /*leading*/,
                           std::index_sequence<I...> /*arguments*/) {
     const auto function = reinterpret_cast<Function>(call.function);
     auto stream = stream_of(call.arguments);
     [[maybe_unused]] cereal::BinaryInputArchive archive(stream);
+    std::optional<Array> array;
+    const bool has_chunk = kMaps && call.input == nullptr;
+    const WorkerCall mine = has_chunk ? with_chunk(call, archive, array) : call;
     // Braces: from left to right.
     [[maybe_unused]] std::tuple<typename ParameterAt<kLeading + I, P...>::Type...> arguments{
         Packing<typename ParameterAt<kLeading + I, P...>::Type>::load(archive, call.client)...};
     return call_and_keep<kFillsSlot>(call.slot, [&]() -> R {
       return function(
-          At<L>::make(call)...,
+          At<L>::make(mine)...,
           static_cast<std::tuple_element_t<kLeading + I, std::tuple<P...>>&&>(std::get<I>(arguments))...);
     });
   }

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <span>
@@ -80,7 +81,7 @@ class Slot {
 
   // Gives the slot up, with the reason (of which 4 KiB count): for good, unless the set allows more attempts
   // and another one may help. The slot is spent.
-  [[nodiscard]] Result<void> fail(std::string_view message, Retry retry = Retry::allowed);
+  [[nodiscard]] Result<void> fail(NameRef message, Retry retry = Retry::allowed);
 
  private:
   friend class ResultSet;
@@ -122,6 +123,8 @@ class ResultSet {
   [[nodiscard]] bool is_ragged() const noexcept;
   [[nodiscard]] const ArraySpec& spec() const noexcept;  // of a dense set
   [[nodiscard]] std::uint64_t slots() const noexcept;
+  // How long a worker may take for a slot; 0: for ever.
+  [[nodiscard]] Milliseconds lease_limit() const noexcept;
   // What the maker of the set says to its workers. Valid while this handle or a copy of it lives.
   [[nodiscard]] std::span<const std::byte> job() const noexcept;
 
@@ -176,6 +179,9 @@ class ResultSet {
   [[nodiscard]] Result<Array> array(std::uint64_t index) const;
   // Those of many slots, 64 in a round trip.
   [[nodiscard]] Result<std::vector<Array>> arrays(std::span<const std::uint64_t> indexes) const;
+  [[nodiscard]] Result<std::vector<Array>> arrays(std::initializer_list<std::uint64_t> indexes) const {
+    return arrays(std::span(indexes.begin(), indexes.size()));
+  }
 
   // Ends a set that runs: workers learn it at their next call, what it holds is freed. One that has ended
   // already is forgotten, with what its slots hold; the array of a dense set that is done stays. Errors:
