@@ -26,8 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::string_view kPrefix = "cowmgr.";
-
 // One file of an instance.
 struct Entry {
   std::string file;
