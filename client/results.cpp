@@ -322,7 +322,8 @@ namespace {
 constexpr std::uint32_t kMostAtOnce = 64;                      // slots that work() takes at once
 constexpr auto kBatchTime = std::chrono::milliseconds(1);      // that they may take together
 constexpr std::size_t kMaxBatchBytes = std::size_t{48} << 10;  // of values, before they are committed early
-constexpr std::uint32_t kPaceMs = 50;                          // between two calls of a progress function
+constexpr std::size_t kMaxCommit = 512;  // slots at once: earlier daemons cannot tell of more refusals
+constexpr std::uint32_t kPaceMs = 50;    // between two calls of a progress function
 
 }  // namespace
 
@@ -512,7 +513,9 @@ Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& optio
         continue;
       }
       if (!slot.impl_->check_usable()) continue;  // the task has ended it itself
-      if (done_bytes + slot.impl_->value().size() > kMaxBatchBytes && !done.empty()) {
+      const bool is_full =
+          done.size() == kMaxCommit || done_bytes + slot.impl_->value().size() > kMaxBatchBytes;
+      if (is_full && !done.empty()) {
         if (const auto committed = commit({.count = 0}); !committed) return error_of(committed);
       }
       done_bytes += slot.impl_->value().size();

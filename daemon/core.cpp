@@ -302,12 +302,10 @@ asio::awaitable<void> Core::retry_seals() {
 asio::awaitable<std::string> Core::writers_in_words(ArrayId id) {
   const ArrayRecord* record = store.find(id);
   if (record == nullptr) co_return "nobody";
-  co_return co_await writers_in_words(record->segment);
+  co_return co_await writers_in_words(reader_of(record->segment));
 }
 
-asio::awaitable<std::string> Core::writers_in_words(const Segment& segment) {
-  // It may go while /proc is being read: the worker thread looks through a descriptor of its own.
-  auto copy = reader_of(segment);
+asio::awaitable<std::string> Core::writers_in_words(Result<Segment> copy) {
   if (!copy) co_return fmt::format("somebody ({})", copy.error().message);
   auto work = [this, from = *std::move(copy)] { return env.writers_of(from); };
   const auto holders = co_await offload(std::move(work));
@@ -329,9 +327,10 @@ asio::awaitable<void> Core::report_tampering(int lease_fd) {
   const auto older =
       std::ranges::find(record->older, lease_fd, [](const Segment& one) { return one.lease.get(); });
   const Segment& opened = older == record->older.end() ? record->segment : *older;
+  auto copy = reader_of(opened);
   // Whoever opens waits in open(2) until the lease is given up; then /proc shows who it was.
   ShmEnv::end_lease(lease_fd);
-  const std::string who = co_await writers_in_words(opened);
+  const std::string who = co_await writers_in_words(std::move(copy));
   log.warn(owner, [&] {
     return fmt::format("array {} (#{}) was opened for writing by {}; it is not served any more",
                        printable(name), id, who);

@@ -111,7 +111,8 @@ class Core {
 
   // The processes that can still write to a segment, in words: "process 12 (worker), process 13 (worker)".
   [[nodiscard]] asio::awaitable<std::string> writers_in_words(ArrayId id);
-  [[nodiscard]] asio::awaitable<std::string> writers_in_words(const Segment& segment);
+  // Through a descriptor of its own, or in words why there is none: the segment may go while /proc is read.
+  [[nodiscard]] asio::awaitable<std::string> writers_in_words(Result<Segment> copy);
 
   // Sessions of an earlier daemon that may come back: those that have not when the grace period is over end.
   void await_sessions(std::set<SessionId> sessions);

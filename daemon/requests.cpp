@@ -9,7 +9,9 @@
 #include <spdlog/spdlog.h>
 
 #include "daemon/bounds.hpp"
+#include "daemon/reply_room.hpp"
 #include "daemon/result_requests.hpp"
+#include "daemon/undo.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
@@ -17,13 +19,20 @@
 namespace cowmgr {
 namespace {
 
-constexpr std::size_t kReplyBytesUsed = 127U << 10U;  // the rest of a frame is for what holds the items
+// Of a reply with names, for those that were passed over.
+constexpr std::size_t kPassedOverBytes = kMaxItemBytes + (std::size_t{8} << 10U);
 // How long a seal waits for the kernel to forget a mapping that was just given up.
 constexpr auto kSealPatience = std::chrono::milliseconds(200);
 constexpr auto kSealRetry = std::chrono::milliseconds(2);
 
 Offset<wire::ArrayInfo> pack_array(Call& call, const ArrayRecord& record) {
   return pack(call.builder, record, protection_of(call.core.env, record.owner.uid, ::geteuid()));
+}
+
+// An array that the session has just got a view of.
+Offset<wire::ArrayInfo> pack_view(Call& call, const ArrayRecord& record) {
+  call.grants.view(record.id);
+  return pack_array(call, record);
 }
 
 // ---- Arrays ----
@@ -33,6 +42,7 @@ Answer create_array(Call& call, const wire::MakeArray& table) {
   if (!request) co_return error_of(request);
   const auto record = co_await make_array(call, *request);
   if (!record) co_return error_of(record);
+  call.grants.array((*record)->id);
   co_return created_reply(call, **record);
 }
 
@@ -47,7 +57,7 @@ Answer seal_array(Call& call, const wire::SealArray& table) {
   if (call.core.results.contains(table.id())) co_return belongs_to_a_set();
   const auto sealed = co_await seal(call, call.session->id(), table.id(), true, table.checksum());
   if (!sealed) co_return error_of(sealed);
-  const std::vector<Offset<wire::ArrayInfo>> arrays = {pack_array(call, *call.core.store.find(table.id()))};
+  const std::vector<Offset<wire::ArrayInfo>> arrays = {pack_view(call, *call.core.store.find(table.id()))};
   co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays));
 }
 
@@ -62,18 +72,14 @@ Answer abort_array(Call& call, const wire::AbortArray& table) {
   co_return done(call);
 }
 
-// The views are counted already; if the frame cannot tell of them, they go again.
+// All or nothing.
 Result<Reply> views_reply(Call& call, const std::vector<const ArrayRecord*>& records) {
-  std::vector<Offset<wire::ArrayInfo>> arrays;
+  Page<wire::ArrayInfo> arrays(call.builder);
   for (const ArrayRecord* record : records) {
-    arrays.push_back(pack_array(call, *record));
-    call.views.push_back(record->id);
+    arrays.add(pack_view(call, *record));
     call.fds.push_back(record->segment.reader.get());
   }
-  if (call.builder.GetSize() <= kReplyBytesUsed)
-    return reply_of(wire::CreateArraysDirect(call.builder, &arrays));
-  for (const ArrayId id : call.views) call.core.store.release(call.session->id(), id, Core::now());
-  call.core.settle();
+  if (arrays.is_whole()) return reply_of(wire::CreateArraysDirect(call.builder, &arrays.items()));
   return fail(Errc::invalid_argument,
               "what there is to say of these arrays, their dtypes above all, does not fit a frame; attach "
               "fewer in one request");
@@ -157,38 +163,30 @@ void note_slots(Call& call, const flatbuffers::Vector<Offset<wire::Holding>>& en
 // What the session has beyond that, the client never heard of. Only what the session may claim is kept until
 // the last frame: no more than there is.
 Answer hold(Call& call, const wire::Hold& table) {
-  Core& core = call.core;
   if (table.ids() != nullptr) note_views(call, *table.ids());
   if (table.writing() != nullptr) claim_writing(call, *table.writing());
   if (table.slots() != nullptr) note_slots(call, *table.slots());
-  if (table.is_last()) {
-    const SessionId session = call.session->id();
-    Session::Held& said = call.session->held();
-    core.results.keep_only(session, said.slots, Core::now());
-    core.store.keep_only(session, said.views, said.writing, Core::now());
-    said = {};
-  }
-  core.settle();
+  if (table.is_last()) call.session->end_telling();
+  call.core.settle();
   co_return done(call);
 }
 
-// As many as there is room for.
-std::vector<Offset<flatbuffers::String>> pack_names(Call& call, const std::vector<std::string>& names,
-                                                    std::size_t room) {
-  std::vector<Offset<flatbuffers::String>> texts;
+// As many as there is room for, beside `kept_bytes` for the rest of the reply.
+Page<flatbuffers::String> pack_names(Call& call, const std::vector<std::string>& names,
+                                     std::size_t kept_bytes) {
+  Page<flatbuffers::String> texts(call.builder, kept_bytes);
   for (const auto& name : names) {
-    if (call.builder.GetSize() > room) break;
-    texts.push_back(call.builder.CreateString(name));
+    if (texts.is_full()) break;
+    texts.add(call.builder.CreateString(name));
   }
   return texts;
 }
 
 Reply names_reply(Call& call, const Store::Evicted& done) {
-  const auto names = pack_names(call, done.names, kPageBytesUsed);
-  const auto pinned =
-      pack_names(call, done.passed_over, kPageBytesUsed + (kReplyBytesUsed - kPageBytesUsed) / 2);
-  return reply_of(
-      wire::CreateNamesDirect(call.builder, &names, done.names.size(), done.freed_bytes, &pinned));
+  const auto names = pack_names(call, done.names, done.passed_over.empty() ? 0 : kPassedOverBytes);
+  const auto pinned = pack_names(call, done.passed_over, names.size() * sizeof(Offset<flatbuffers::String>));
+  return reply_of(wire::CreateNamesDirect(call.builder, &names.items(), done.names.size(), done.freed_bytes,
+                                          &pinned.items()));
 }
 
 // What a request to change arrays is about, found. Errors: invalid_argument.
@@ -287,13 +285,13 @@ Answer stat_array(Call& call, const wire::StatArray& table) {
     if (core.store.views_of(session, id) > 0) viewers.push_back(peer.get());
   }
   std::ranges::sort(viewers, {}, &Session::connected);
-  std::vector<Offset<wire::ClientInfo>> holders;
-  for (const Session* viewer : viewers) {
-    if (call.builder.GetSize() < kPageBytesUsed) holders.push_back(pack_client(call, *viewer));
-  }
   const auto array = pack_array(call, *record);
-  co_return reply_of(
-      wire::CreateArrayDetailsDirect(call.builder, array, usage.resident_bytes, usage.huge_bytes, &holders));
+  Page<wire::ClientInfo> holders(call.builder);
+  for (const Session* viewer : viewers) {
+    if (!holders.is_full()) holders.add(pack_client(call, *viewer));
+  }
+  co_return reply_of(wire::CreateArrayDetailsDirect(call.builder, array, usage.resident_bytes,
+                                                    usage.huge_bytes, &holders.items()));
 }
 
 Answer list_arrays(Call& call, const wire::ListArrays& table) {
@@ -301,26 +299,26 @@ Answer list_arrays(Call& call, const wire::ListArrays& table) {
   const auto filter = filter_of(table.name(), table.pattern());
   if (!filter) co_return error_of(filter);
   const auto page = call.core.store.list(call.session->id(), *filter, table.after(), limit);
-  std::vector<Offset<wire::ArrayInfo>> arrays;
+  Page<wire::ArrayInfo> arrays(call.builder);
   for (const ArrayRecord* record : page.entries) {
-    if (call.builder.GetSize() > kPageBytesUsed) break;
-    arrays.push_back(pack_array(call, *record));
+    if (arrays.is_full()) break;
+    arrays.add(pack_array(call, *record));
   }
   const bool is_whole = arrays.size() == page.entries.size();
-  co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays,
+  co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays.items(),
                                               is_whole ? page.next : page.entries[arrays.size() - 1]->id));
 }
 
 Answer list_clients(Call& call, const wire::ListClients& table) {
   const std::size_t limit = page_limit(table.limit());
-  std::vector<Offset<wire::ClientInfo>> clients;
+  Page<wire::ClientInfo> clients(call.builder);
   SessionId next = 0;
   for (auto at = call.core.sessions.upper_bound(table.after()); at != call.core.sessions.end(); ++at) {
-    if (clients.size() == limit || call.builder.GetSize() > kPageBytesUsed) break;
-    clients.push_back(pack_client(call, *at->second));
+    if (clients.size() == limit || clients.is_full()) break;
+    clients.add(pack_client(call, *at->second));
     next = std::next(at) == call.core.sessions.end() ? 0 : at->first;
   }
-  co_return reply_of(wire::CreateClientsDirect(call.builder, &clients, next));
+  co_return reply_of(wire::CreateClientsDirect(call.builder, &clients.items(), next));
 }
 
 Answer ping(Call& call, const wire::Ping& /*table*/) {
@@ -368,18 +366,19 @@ asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call, const CreateR
   auto reserve = [&] { return core.store.reserve(call.session->id(), request, Core::now()); };
   const auto reserved = co_await when_there_is_room(call, reserve);
   if (!reserved) co_return error_of(reserved);
+  Undo unbacked([&core, id = *reserved] {
+    core.store.fail_backing(id);
+    core.waits.wake({WaitKey::Topic::reclaimed});
+    core.settle();
+  });
   const ArrayRecord& record = *core.store.find(*reserved);
   auto work = [session = call.session, &env = core.env, id = record.id, size = record.segment_bytes(),
                header = record.header, trailer = trailer_page(record)] {
     return env.create(id, size, header, trailer, session->gone());
   };
   auto segment = co_await core.offload(std::move(work));
-  if (!segment) {
-    core.store.fail_backing(*reserved);
-    core.waits.wake({WaitKey::Topic::reclaimed});
-    core.settle();
-    co_return not_backed(core, data_bytes(request.spec).value_or(0), segment.error());
-  }
+  if (!segment) co_return not_backed(core, data_bytes(request.spec).value_or(0), segment.error());
+  unbacked.keep();
   auto backed = core.store.back(*reserved, *std::move(segment));
   core.settle();
   co_return backed;

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "daemon/grants.hpp"
 #include "daemon/session.hpp"
 #include "daemon/wire.hpp"
 
@@ -17,10 +18,15 @@ struct Call {
   std::shared_ptr<Session> session;
   Builder& builder;              // where the reply is built
   bool is_again;                 // an earlier daemon may have carried the request out already
-  std::vector<int> fds;          // that go with the reply; borrowed
-  std::vector<ArrayId> views{};  // that the reply brings
-  std::vector<std::pair<ArrayId, SlotIndex>> leases{};  // the same
-  bool peer_is_gone = false;  // or broke the protocol while it waited: the connection is to be closed
+  std::vector<int> fds{};        // that go with the reply; borrowed
+  Grants grants{core, session};  // what it brings
+  bool peer_is_gone = false;     // or broke the protocol while it waited: the connection is to be closed
+
+  // The reply is a refusal, or cannot be sent.
+  void bring_nothing() {
+    fds.clear();
+    grants.take_back();
+  }
 };
 
 // The body of a reply; `none` for requests that have no reply.
@@ -46,8 +52,7 @@ template <class Table>
   return std::chrono::steady_clock::now() + std::chrono::milliseconds(wait_ms);
 }
 
-inline constexpr std::size_t kPageItems = 512;             // of one listing at most
-inline constexpr std::size_t kPageBytesUsed = 96U << 10U;  // then a page is closed: an item may take 20 KiB
+inline constexpr std::size_t kPageItems = 512;  // of one listing at most
 
 // Tries until there is room: waits while memory is being given back, or taken only for a while, and looks
 // once whether what outsiders hold is free by now. `reserve` returns a Result<T>.
@@ -82,7 +87,7 @@ template <class Reserve>
 // An array being written, backed by memory.
 [[nodiscard]] asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call,
                                                                      const CreateRequest& request);
-// The reply to who shall write it.
+// The reply to who shall write it; whoever calls this notes the grant.
 [[nodiscard]] Reply created_reply(Call& call, const ArrayRecord& record);
 // Seals what the session `writer` writes, waiting a moment for the kernel to forget a mapping that was just
 // given up. Errors: as Store::seal, and still_writable, which names who can write.

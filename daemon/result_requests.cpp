@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <fcntl.h>
+#include <map>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
+#include "daemon/reply_room.hpp"
+#include "daemon/undo.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr {
@@ -57,70 +60,66 @@ Result<CreateRequest> request_of(const wire::MakeResults& table) {
   return request;
 }
 
-// The segment for the slots of a new set, charged to its owner.
-asio::awaitable<Result<SlotMemory>> make_slot_memory(Call& call, const ResultRecord& record,
-                                                     std::span<const std::byte> job) {
+// The segment for the slots of a new set, charged to its owner. What of it is in `memory` afterwards,
+// whatever the outcome, the caller adds to the sets or discards.
+asio::awaitable<Result<void>> make_slot_memory(Call& call, const ResultRecord& record,
+                                               std::span<const std::byte> job, SlotMemory& memory) {
   Core& core = call.core;
   const uid_t owner = record.owner_uid;
   const ResultLayout layout = result_layout(record);
   const std::uint64_t size_bytes = std::min(layout.max_bytes, layout.values_offset + kFirstValueBytes);
   auto charge = [&] { return core.store.charge_segment(owner, size_bytes); };
-  const auto charged = co_await when_there_is_room(call, charge);
-  if (!charged) co_return error_of(charged);
+  if (const auto charged = co_await when_there_is_room(call, charge); !charged) co_return error_of(charged);
+  Undo charged([&core, owner, size_bytes] { core.store.release_segment(owner, size_bytes); });
   auto work = [session = call.session, &env = core.env, id = core.store.next_id(), size_bytes] {
     return env.create(id, size_bytes, "", {}, session->gone());
   };
   auto segment = co_await core.offload(std::move(work));
-  if (!segment) {
-    core.store.release_segment(owner, size_bytes);
-    co_return not_backed(core, size_bytes, segment.error());
-  }
-  segment->lease.reset();  // the daemon goes on writing to it
-  auto mapping = Mapping::map(segment->writer.get(), layout.max_bytes, Access::read_write);
-  if (!mapping || call.session->gone()) {
-    core.store.discard(owner, *std::move(segment));
-    core.settle();
-    if (!mapping) co_return error_of(std::move(mapping));
-    co_return peer_gone(call);
-  }
-  write_result_header(mapping->data(), record, layout, job);
-  if (auto marked = core.env.mark_slots(*segment); !marked) {
-    core.store.discard(owner, *std::move(segment));
-    core.settle();
-    co_return error_of(std::move(marked));
-  }
-  co_return SlotMemory{*std::move(segment), *std::move(mapping)};
+  if (!segment) co_return not_backed(core, size_bytes, segment.error());
+  memory.segment = *std::move(segment);
+  charged.keep();
+  if (call.session->gone()) co_return peer_gone(call);
+  memory.segment.lease.reset();  // the daemon goes on writing to it
+  auto mapping = Mapping::map(memory.segment.writer.get(), layout.max_bytes, Access::read_write);
+  if (!mapping) co_return error_of(std::move(mapping));
+  memory.mapping = *std::move(mapping);
+  write_result_header(memory.mapping.data(), record, layout, job);
+  co_return core.env.mark_slots(memory.segment);
+}
+
+// Makes the memory of a set's slots, and of both the set. Nothing that was looked at before is as it was when
+// the memory is there: neither the name nor, of a dense set, the output array, which another connection of
+// the session may have given up.
+asio::awaitable<Result<const ResultSetRecord*>> make_set(Call& call, const ResultRecord& record,
+                                                         const CreateRequest& request,
+                                                         std::span<const std::byte> job) {
+  Core& core = call.core;
+  SlotMemory memory;
+  const Undo unused([&core, &memory, owner = record.owner_uid] {
+    if (memory.segment.writer) core.store.discard(owner, std::move(memory.segment));
+  });
+  if (auto ok = co_await make_slot_memory(call, record, job, memory); !ok) co_return error_of(std::move(ok));
+  auto is_free = core.results.check_name_is_free(call.session->id(), request.name, request.replace);
+  if (!is_free) co_return error_of(std::move(is_free));
+  co_return core.results.add(record, memory);
 }
 
 asio::awaitable<Result<const ResultSetRecord*>> make_dense(Call& call, const CreateRequest& request,
                                                            const ResultTerms& terms) {
   const auto array = co_await make_array(call, request);
   if (!array) co_return error_of(array);
-  const ArrayId id = (*array)->id;
-  const ResultRecord described = ResultSets::record_of(call.session->id(), terms, **array);
-  auto memory = co_await make_slot_memory(call, described, terms.job);
-  if (!memory) {
-    call.core.store.retire(id);
-    call.core.settle();
-    co_return error_of(std::move(memory));
-  }
-  // The array goes with its session, which make_slot_memory() has looked at.
-  co_return &call.core.results.add(described, *std::move(memory));
+  Undo output([&store = call.core.store, id = (*array)->id] { store.retire(id); });
+  const ResultRecord record = ResultSets::record_of(call.session->id(), terms, **array);
+  const auto made = co_await make_set(call, record, request, terms.job);
+  if (made) output.keep();
+  co_return made;
 }
 
 asio::awaitable<Result<const ResultSetRecord*>> make_ragged(Call& call, const CreateRequest& request,
                                                             const ResultTerms& terms) {
   const ResultRecord record =
       call.core.results.record_of(call.session->id(), terms, call.core.store.next_id(), request, Core::now());
-  auto memory = co_await make_slot_memory(call, record, terms.job);
-  if (!memory) co_return error_of(std::move(memory));
-  const SessionId session = call.session->id();
-  // Somebody may have been faster while the memory was made.
-  if (auto ok = call.core.results.check_name_is_free(session, request.name, request.replace); !ok) {
-    call.core.store.discard(call.session->peer().uid, std::move(memory->segment));
-    co_return error_of(std::move(ok));
-  }
-  co_return &call.core.results.add(record, *std::move(memory));
+  co_return co_await make_set(call, record, request, terms.job);
 }
 
 // ---- Room for values ----
@@ -146,15 +145,14 @@ asio::awaitable<Result<void>> grow(Call& call, ArrayId id, std::uint64_t new_byt
   if (!segment->writer) co_return tl::unexpected(os_error("fcntl(F_DUPFD_CLOEXEC)", segment->name, errno));
   auto charge = [&] { return core.store.charge_growth(owner, more); };
   if (const auto charged = co_await when_there_is_room(call, charge); !charged) co_return error_of(charged);
+  Undo charged([&core, owner, more] { core.store.release_growth(owner, more); });
   auto work = [&env = core.env, segment, new_bytes] { return env.grow(*segment, new_bytes); };
   const auto grown = co_await core.offload(std::move(work));
   ResultSetRecord* still = core.results.get(id);
   const bool is_over = still == nullptr || still->state == ResultSetRecord::State::cancelled;
-  if (!grown || is_over) {
-    core.store.release_growth(owner, more);
-    if (!grown) co_return not_backed(core, more, grown.error());
-    co_return Result<void>();
-  }
+  if (!grown) co_return not_backed(core, more, grown.error());
+  if (is_over) co_return Result<void>();
+  charged.keep();
   still->memory.segment.size_bytes = new_bytes;
   still->table.extend(new_bytes);
   co_return Result<void>();
@@ -175,9 +173,11 @@ asio::awaitable<Result<ResultSetRecord*>> with_value_room(Call& call, ArrayId id
       continue;
     }
     (*set)->is_growing = true;
+    const Undo growing([&core, &key, id] {
+      if (ResultSetRecord* still = core.results.get(id)) still->is_growing = false;
+      core.waits.wake(key);
+    });
     const auto grown = co_await grow(call, id, grown_bytes(**set, size_bytes));
-    if (ResultSetRecord* still = core.results.get(id)) still->is_growing = false;
-    core.waits.wake(key);
     if (call.session->gone()) co_return peer_gone(call);
     if (!grown) co_return error_of(grown);
   }
@@ -191,7 +191,7 @@ Reply lease_reply(Call& call, const ResultSetRecord& set, std::span<const Result
   std::vector<wire::SlotLease> slots;
   for (const auto& lease : leases) {
     slots.emplace_back(lease.slot, lease.attempt);
-    call.leases.emplace_back(set.id, lease.slot);
+    call.grants.lease(set.id, lease);
   }
   if (!leases.empty() && !is_mapped && !set.terms.is_ragged)
     call.fds = {call.core.store.find(set.id)->segment.writer.get()};
@@ -201,9 +201,60 @@ Reply lease_reply(Call& call, const ResultSetRecord& set, std::span<const Result
                                refused.empty() ? nullptr : &refused));
 }
 
-std::uint64_t batch_of(std::uint32_t asked) {
-  return std::clamp<std::uint64_t>(asked, 1, kMaxBatch);
+// As many leases as were asked for, and as a reply with `refused` refusals still has room for.
+std::uint64_t batch_of(const Call& call, std::uint32_t asked, std::size_t refused = 0) {
+  const std::size_t room_bytes = room_of(call.builder);
+  const std::size_t list_bytes = std::min(room_bytes, refused * sizeof(Offset<wire::Refusal>));
+  return std::min({std::uint64_t{asked}, std::uint64_t{kMaxBatch},
+                   std::uint64_t{(room_bytes - list_bytes) / sizeof(wire::SlotLease)}});
 }
+
+// A slot of a commit that was not taken.
+struct Refused {
+  SlotIndex slot = 0;
+  Error why;
+};
+
+// Tells of every slot, however many they are, and why; where the frame has no room for all the reasons, those
+// of a kind (which are about the same but for the slot's number) share the first one's.
+class Refusals {
+ public:
+  Refusals(Builder& builder, std::span<const Refused> refused)
+      : builder_(builder), text_bytes_(room_for_texts(builder, refused.size())) {
+    for (const auto& [slot, why] : refused)
+      tables_.push_back(
+          wire::CreateRefusal(builder, slot, static_cast<std::uint16_t>(why.code), text_of(slot, why)));
+  }
+  [[nodiscard]] const std::vector<Offset<wire::Refusal>>& tables() const noexcept { return tables_; }
+
+ private:
+  // kMaxBatch refusals take 112 KiB without a word, and leave 14 KiB for words.
+  static constexpr std::size_t kTableBytes = 24;     // slot, code, where the text is; aligned
+  static constexpr std::size_t kSharedBytes = 7168;  // kept for the shared reasons: a dozen kinds
+  static constexpr std::size_t kTextBytes = 512;     // of one reason at most
+
+  static std::size_t room_for_texts(const Builder& builder, std::size_t count) {
+    const std::size_t fixed_bytes = count * (kTableBytes + sizeof(Offset<wire::Refusal>)) + kSharedBytes;
+    const std::size_t room_bytes = room_of(builder);
+    return room_bytes > fixed_bytes ? room_bytes - fixed_bytes : 0;
+  }
+  Offset<flatbuffers::String> text_of(SlotIndex slot, const Error& why) {
+    const std::string text = why.message.substr(0, kTextBytes);
+    const std::size_t bytes = text.size() + 16;  // its length, its end, and alignment
+    if (bytes <= text_bytes_) {
+      text_bytes_ -= bytes;
+      return builder_.CreateString(text);
+    }
+    Offset<flatbuffers::String>& shared = shared_[why.code];
+    if (shared.IsNull()) shared = builder_.CreateString(fmt::format("as slot {}: {}", slot, text));
+    return shared;
+  }
+
+  Builder& builder_;
+  std::size_t text_bytes_;
+  std::map<Errc, Offset<flatbuffers::String>> shared_;
+  std::vector<Offset<wire::Refusal>> tables_;
+};
 
 // What a request to commit says of each slot.
 struct Commit {
@@ -240,31 +291,19 @@ Result<std::vector<Commit>> commits_of(const wire::CommitSlots& table) {
   return commits;
 }
 
-// The array of a slot is sealed first, as any other; if the slot is lost meanwhile, the array goes.
+// The array of a slot is sealed first, as any other.
 asio::awaitable<Result<void>> commit_array(Call& call, ArrayId id, const Commit& commit) {
-  Core& core = call.core;
-  ResultSetRecord& set = *core.results.get(id);
-  const SlotIndex slot = commit.slot;
-  if (auto ok = set.table.check_holder(call.session->id(), slot, commit.attempt); !ok) co_return ok;
-  const auto at = set.allocated.find(slot);
-  if (at == set.allocated.end())
-    co_return fail(Errc::invalid_argument, fmt::format("no array was allocated for slot {}", slot));
-  const ArrayId array = at->second;
-  set.table.hold(slot);
-  const auto sealed = co_await seal(call, kHouse, array, false);
+  ResultSets& results = call.core.results;
+  const SessionId session = call.session->id();
+  const auto set = results.find_to_work(session, id);
+  if (!set) co_return error_of(set);
+  const auto sealing = results.begin_sealing(session, **set, commit.slot, commit.attempt);
+  if (!sealing) co_return error_of(sealing);
+  const auto sealed = co_await seal(call, kHouse, sealing->array, false);
   if (call.session->gone()) co_return peer_gone(call);
-  if (!sealed) {
-    if (ResultSetRecord* refused = core.results.get(id); refused != nullptr && refused->is_open()) {
-      refused->table.resume(slot, Core::moment().tick);
-      // What cannot be sealed at all is gone: the slot is free of it, and may be allocated or given back.
-      if (core.store.find(array) == nullptr) core.results.drop_allocated(*refused, slot);
-    }
-    co_return sealed;
-  }
-  const auto still = core.results.find_to_work(call.session->id(), id);
-  if (still) co_return core.results.commit_array(call.session->id(), **still, slot, Core::now());
-  core.store.retire(array);
-  co_return error_of(still);
+  if (sealed) co_return results.commit_array(session, *sealing, Core::now());
+  results.give_up_sealing(session, *sealing, Core::moment().tick);
+  co_return sealed;
 }
 
 // What needs no waiting.
@@ -293,8 +332,10 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
     made = co_await make_ragged(call, *request, terms);
   else
     made = co_await make_dense(call, *request, terms);
-  call.core.settle();
-  if (!made) co_return error_of(made);
+  if (!made) {
+    call.core.settle();
+    co_return error_of(made);
+  }
   const ResultSetRecord& set = **made;
   call.core.waits.wake({Topic::array_name, 0, set.name});
   if (!set.terms.queue.empty()) call.core.waits.wake({Topic::queue, 0, set.terms.queue});
@@ -303,7 +344,10 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
                        set.table.size(), terms.is_ragged ? "ragged" : format_size(set.data_bytes),
                        set.owner_pid);
   });
-  co_return opened_reply(call, set);
+  const Reply reply = opened_reply(call, set);
+  call.grants.set(set.id);
+  call.core.settle();
+  co_return reply;
 }
 
 namespace {
@@ -362,11 +406,15 @@ Answer lease_slots(Call& call, const wire::LeaseSlots& table) {
       if (!lease) co_return error_of(lease);
       leases.push_back(*lease);
     } else {
-      leases = results.lease(session, **set, batch_of(table.count()), table.share(), Core::moment());
+      leases = results.lease(session, **set, std::max<std::uint64_t>(batch_of(call, table.count()), 1),
+                             table.share(), Core::moment());
+    }
+    if (!leases.empty() || (*set)->table.is_settled() || is_late) {
+      const Reply reply = lease_reply(call, **set, leases, table.mapped());
+      call.core.settle();
+      co_return reply;
     }
     call.core.settle();
-    if (!leases.empty() || (*set)->table.is_settled() || is_late)
-      co_return lease_reply(call, **set, leases, table.mapped());
     const auto woken = co_await call.channel.wait_change(key, deadline);
     if (woken == Channel::Woken::peer_gone || call.session->gone()) co_return peer_gone(call);
     is_late = woken == Channel::Woken::deadline;
@@ -400,7 +448,9 @@ Answer allocate_slot(Call& call, const wire::AllocateSlot& table) {
     core.settle();
     co_return error_of(std::move(held));
   }
-  core.results.allocated(**set, table.slot(), array);
+  if (!core.results.allocated(**set, table.slot(), array))
+    co_return fail(Errc::not_found, "the array was given up while it was being made");
+  call.grants.allocation(table.set(), table.slot(), array);
   co_return created_reply(call, **record);
 }
 
@@ -411,7 +461,7 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
   if (!commits) co_return error_of(commits);
   auto set = results.find_to_work(session, table.set());
   if (!set) co_return error_of(set);
-  std::vector<Offset<wire::Refusal>> refused;
+  std::vector<Refused> refused;
   for (const Commit& commit : *commits) {
     // An earlier daemon did it, and could not say so any more.
     if (call.is_again && (*set)->table.was_committed(commit.slot, commit.attempt)) continue;
@@ -425,11 +475,7 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
     else
       committed = commit_at_once(call, **set, commit);
     if (call.session->gone()) co_return peer_gone(call);
-    if (!committed) {
-      const auto& [code, message] = committed.error();
-      refused.push_back(wire::CreateRefusalDirect(call.builder, commit.slot, static_cast<std::uint16_t>(code),
-                                                  message.c_str()));
-    }
+    if (!committed) refused.push_back({commit.slot, std::move(committed).error()});
     set = results.find_to_work(session, table.set());
     if (!set) break;
   }
@@ -437,10 +483,11 @@ Answer commit_slots(Call& call, const wire::CommitSlots& table) {
     call.core.settle();  // of what was committed before
     co_return error_of(set);
   }
+  const Refusals refusals(call.builder, refused);
   std::vector<ResultSets::Lease> leases;
-  if (table.next() > 0)
-    leases = results.lease(session, **set, batch_of(table.next()), table.share(), Core::moment());
-  const Reply reply = lease_reply(call, **set, leases, table.mapped(), refused);
+  if (const auto count = batch_of(call, table.next(), refused.size()); count > 0)
+    leases = results.lease(session, **set, count, table.share(), Core::moment());
+  const Reply reply = lease_reply(call, **set, leases, table.mapped(), refusals.tables());
   if (!table.mapped() && leases.empty()) results.unmapped(session, table.set());
   call.core.settle();
   co_return reply;
@@ -542,13 +589,13 @@ Answer list_results(Call& call, const wire::ListResults& table) {
   const auto filter = filter_of(table.name(), table.pattern());
   if (!filter) co_return error_of(filter);
   const auto page = call.core.results.list(call.session->id(), *filter, table.after(), limit);
-  std::vector<Offset<wire::ResultsInfo>> sets;
+  Page<wire::ResultsInfo> sets(call.builder);
   for (const ResultSetRecord* set : page.entries) {
-    if (call.builder.GetSize() > kPageBytesUsed) break;
-    sets.push_back(pack(call.builder, *set));
+    if (sets.is_full()) break;
+    sets.add(pack(call.builder, *set));
   }
   const bool is_whole = sets.size() == page.entries.size();
-  co_return reply_of(wire::CreateResultsDirect(call.builder, &sets,
+  co_return reply_of(wire::CreateResultsDirect(call.builder, &sets.items(),
                                                is_whole ? page.next : page.entries[sets.size() - 1]->id));
 }
 

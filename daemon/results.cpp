@@ -146,16 +146,17 @@ ResultSetRecord& ResultSets::insert(ResultSetRecord set, SlotMemory memory) {
   return at->second;
 }
 
-const ResultSetRecord& ResultSets::add(const ResultRecord& record, SlotMemory memory) {
+Result<const ResultSetRecord*> ResultSets::add(const ResultRecord& record, SlotMemory& memory) {
   ResultSetRecord set = set_of(record, memory);
   if (!record.is_ragged) {
-    store_.hand_to_house(record.set);
-    const ArrayRecord* output = store_.find(record.set);
+    const ArrayRecord* output = store_.hand_to_house(record.set);
+    if (output == nullptr)
+      return refuse(Errc::not_found, "the array of the set was given up while the set was being made");
     set.spec = output->spec;
     set.data_bytes = output->data_bytes;
     set.data_offset = output->header.size();
   }
-  return insert(std::move(set), std::move(memory));
+  return &insert(std::move(set), std::move(memory));
 }
 
 void ResultSets::remove_ragged(std::string_view name) {
@@ -225,7 +226,7 @@ void ResultSets::adopt_allocated(ResultSetRecord& set, Time now) {
       const ArraySpec* spec = store_.unclaimed_spec(noted);
       if (spec == nullptr) continue;
       const CreateRequest request{.name = name, .spec = *spec, .owner = set.owner};
-      if (store_.claim(kHouse, noted, request, now)) allocated(set, slot, noted);
+      if (store_.claim(kHouse, noted, request, now)) (void)allocated(set, slot, noted);
     }
   }
 }
@@ -241,8 +242,7 @@ std::set<SessionId> ResultSets::sessions() const {
 
 bool ResultSets::holds(SessionId session, ArrayId set, SlotIndex slot, std::uint32_t attempt) const {
   const auto at = sets_.find(set);
-  return at != sets_.end() && at->second.is_open() &&
-         at->second.table.is_held(session, slot, attempt);
+  return at != sets_.end() && at->second.is_open() && at->second.table.is_held(session, slot, attempt);
 }
 
 void ResultSets::keep_only(SessionId session, const Slots& known, Time now) {
@@ -306,10 +306,10 @@ Result<ResultSetRecord*> ResultSets::find_to_work(SessionId session, ArrayId set
   return found;
 }
 
-Page<ResultSetRecord> ResultSets::list(SessionId session, const NameFilter& filter, ArrayId after,
-                                       std::size_t limit) const {
+Listing<ResultSetRecord> ResultSets::list(SessionId session, const NameFilter& filter, ArrayId after,
+                                          std::size_t limit) const {
   const auto may_read = [&](const ResultSetRecord& set) { return may(session, set, Right::read); };
-  return page_of<ResultSetRecord>(sets_, after, limit, filter, may_read);
+  return listing_of<ResultSetRecord>(sets_, after, limit, filter, may_read);
 }
 
 bool ResultSets::contains(ArrayId array) const {
@@ -362,11 +362,12 @@ Result<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRecord& 
   return lease;
 }
 
-void ResultSets::allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array) {
+bool ResultSets::allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array) {
+  if (store_.hand_to_house(array) == nullptr) return false;
   drop_allocated(set, slot);
   set.allocated.emplace(slot, array);
-  store_.hand_to_house(array);
   set.table.note_array(slot, array);
+  return true;
 }
 
 Result<void> ResultSets::commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
@@ -383,14 +384,45 @@ Result<void> ResultSets::commit_value(SessionId session, ResultSetRecord& set, S
   return {};
 }
 
-Result<void> ResultSets::commit_array(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now) {
+Result<ResultSets::Sealing> ResultSets::begin_sealing(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                                      std::uint32_t attempt) {
+  if (auto ok = set.table.check_holder(session, slot, attempt); !ok) return error_of(std::move(ok));
   const auto at = set.allocated.find(slot);
-  const ArrayRecord* array = at == set.allocated.end() ? nullptr : store_.find(at->second);
-  if (array == nullptr)
-    return refuse(Errc::not_holder, fmt::format("slot {} was lost while its array was being sealed", slot));
-  if (auto ok = set.table.commit_array(session, slot, array->id, array->data_bytes, now); !ok) return ok;
-  set.allocated.erase(at);
-  touch(set).is_settled = true;
+  if (at == set.allocated.end())
+    return refuse(Errc::invalid_argument, fmt::format("no array was allocated for slot {}", slot));
+  set.table.hold(slot);
+  return Sealing{set.id, slot, set.table.slot(slot).attempt, at->second};
+}
+
+// The set, if it is open and what was begun is still that slot's.
+ResultSetRecord* ResultSets::still_sealing(SessionId session, const Sealing& sealing) {
+  if (!holds(session, sealing.set, sealing.slot, sealing.attempt)) return nullptr;
+  ResultSetRecord& set = sets_.find(sealing.set)->second;
+  const auto at = set.allocated.find(sealing.slot);
+  return at != set.allocated.end() && at->second == sealing.array ? &set : nullptr;
+}
+
+void ResultSets::give_up_sealing(SessionId session, const Sealing& sealing, Tick now) {
+  ResultSetRecord* set = still_sealing(session, sealing);
+  if (set == nullptr) return;
+  set->table.resume(sealing.slot, now);
+  // What cannot be sealed at all is gone: the slot is free of it, and may be allocated or given back.
+  if (store_.find(sealing.array) == nullptr) drop_allocated(*set, sealing.slot);
+}
+
+Result<void> ResultSets::commit_array(SessionId session, const Sealing& sealing, Time now) {
+  ResultSetRecord* set = still_sealing(session, sealing);
+  const ArrayRecord* array = store_.find(sealing.array);
+  if (set == nullptr || array == nullptr || array->state < ArrayRecord::State::sealed) {
+    if (set == nullptr) store_.retire(sealing.array);
+    if (auto found = find_to_work(session, sealing.set); !found) return error_of(std::move(found));
+    return refuse(Errc::not_holder,
+                  fmt::format("slot {} was lost while its array was being sealed", sealing.slot));
+  }
+  if (auto ok = set->table.commit_array(session, sealing.slot, array->id, array->data_bytes, now); !ok)
+    return ok;
+  set->allocated.erase(sealing.slot);
+  touch(*set).is_settled = true;
   return {};
 }
 
@@ -427,6 +459,15 @@ void ResultSets::drop_allocated(ResultSetRecord& set, SlotIndex slot) {
   if (at == set.allocated.end()) return;
   store_.retire(at->second);
   set.allocated.erase(at);
+}
+
+void ResultSets::drop_allocated(ArrayId set, SlotIndex slot, ArrayId array) {
+  const auto at = sets_.find(set);
+  if (at == sets_.end()) return;
+  const auto allocated = at->second.allocated.find(slot);
+  if (allocated == at->second.allocated.end() || allocated->second != array) return;
+  if (at->second.is_open()) at->second.table.note_array(slot, 0);
+  drop_allocated(at->second, slot);
 }
 
 void ResultSets::unmapped(SessionId session, ArrayId set) {

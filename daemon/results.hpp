@@ -93,8 +93,9 @@ class ResultSets {
                                        const CreateRequest& request, Time now) const;
 
   // Adds a set that is described so: a dense one, whose output array is being written and is the set's from
-  // here on, or a ragged one in the place of those of its name.
-  const ResultSetRecord& add(const ResultRecord& record, SlotMemory memory);
+  // here on, or a ragged one in the place of those of its name. Takes `memory` over if it succeeds. Errors:
+  // not_found when the output array was given up meanwhile.
+  [[nodiscard]] Result<const ResultSetRecord*> add(const ResultRecord& record, SlotMemory& memory);
   // The set that this session asked for with that request before, or null.
   [[nodiscard]] const ResultSetRecord* find_made(SessionId session, std::uint64_t token) const;
 
@@ -125,8 +126,8 @@ class ResultSets {
   // The same, for whoever wants to work on it. Errors: cancelled too.
   [[nodiscard]] Result<ResultSetRecord*> find_to_work(SessionId session, ArrayId set);
   // As Store::list().
-  [[nodiscard]] Page<ResultSetRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
-                                           std::size_t limit) const;
+  [[nodiscard]] Listing<ResultSetRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
+                                              std::size_t limit) const;
   [[nodiscard]] std::size_t size() const noexcept { return sets_.size(); }
   // Whether the array is a set's: only the set may seal or abort it.
   [[nodiscard]] bool contains(ArrayId array) const;
@@ -141,14 +142,31 @@ class ResultSets {
   // The slot `slot`. Errors: as SlotTable::lease.
   [[nodiscard]] Result<Lease> lease(SessionId session, ResultSetRecord& set, SlotIndex slot,
                                     const Moment& now);
-  // `array` is being written for a slot of a ragged set, in the place of one that was before.
-  void allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array);
+  // `array` is being written for a slot of a ragged set, in the place of one that was before. False when
+  // nobody is writing it any more.
+  [[nodiscard]] bool allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array);
   void drop_allocated(ResultSetRecord& set, SlotIndex slot);
+  // The same, if the set is there and it is that array.
+  void drop_allocated(ArrayId set, SlotIndex slot, ArrayId array);
   // Ends of a lease. Errors: as SlotTable's.
   [[nodiscard]] Result<void> commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   [[nodiscard]] Result<void> commit_value(SessionId session, ResultSetRecord& set, SlotIndex slot,
                                           std::span<const std::byte> value, Time now);
-  [[nodiscard]] Result<void> commit_array(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
+  // An array takes a while to be sealed, and meanwhile the slot may be lost, or get another one: what was
+  // begun is ended only if it is still that slot's.
+  struct Sealing {
+    ArrayId set = 0;
+    SlotIndex slot = 0;
+    std::uint32_t attempt = 0;
+    ArrayId array = 0;
+  };
+  // From here on the lease does not run out. Errors: invalid_argument when the slot has no array.
+  [[nodiscard]] Result<Sealing> begin_sealing(SessionId session, ResultSetRecord& set, SlotIndex slot,
+                                              std::uint32_t attempt);
+  // It could not be sealed: the lease goes on.
+  void give_up_sealing(SessionId session, const Sealing& sealing, Tick now);
+  // It is sealed. If it is not the slot's any more, it goes. Errors: as find_to_work() too.
+  [[nodiscard]] Result<void> commit_array(SessionId session, const Sealing& sealing, Time now);
   [[nodiscard]] Result<void> fail(SessionId session, ResultSetRecord& set, SlotIndex slot,
                                   std::string_view reason, bool is_final, Time now);
   [[nodiscard]] Result<void> give_back(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
@@ -193,6 +211,7 @@ class ResultSets {
   [[nodiscard]] static ResultSetRecord set_of(const ResultRecord& record, const SlotMemory& memory);
   ResultSetRecord& insert(ResultSetRecord set, SlotMemory memory);
   void remove_ragged(std::string_view name);
+  [[nodiscard]] ResultSetRecord* still_sealing(SessionId session, const Sealing& sealing);
   void adopt_allocated(ResultSetRecord& set, Time now);
   [[nodiscard]] Result<bool> finish(ResultSetRecord& set, Time now);
   void lost(ResultSetRecord& set, const SlotTable::Lost& lost, std::string_view reason);

@@ -36,7 +36,7 @@ struct NameFilter {
 
 // Part of a listing. It may have fewer entries than were asked for, or none, and not be the last.
 template <class Record>
-struct Page {
+struct Listing {
   std::vector<const Record*> entries{};
   std::uint64_t next = 0;  // ask again for what comes after that id; 0: there is no more
 };
@@ -44,9 +44,9 @@ struct Page {
 // The page of `table`, which is in order of ids, that follows the id `after`: up to `limit` entries, as many
 // as a slice finds.
 template <class Record, class Table, class MayRead>
-[[nodiscard]] Page<Record> page_of(const Table& table, std::uint64_t after, std::size_t limit,
-                                   const NameFilter& filter, const MayRead& may_read) {
-  Page<Record> page;
+[[nodiscard]] Listing<Record> listing_of(const Table& table, std::uint64_t after, std::size_t limit,
+                                         const NameFilter& filter, const MayRead& may_read) {
+  Listing<Record> page;
   std::uint64_t steps = 0;
   auto at = table.upper_bound(after);
   for (; at != table.end() && page.entries.size() < limit && steps < kSliceSteps; ++at) {

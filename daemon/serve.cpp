@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
+#include "daemon/reply_room.hpp"
 #include "daemon/requests.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
@@ -49,7 +50,8 @@ std::span<const std::byte> frame_of(Builder& builder, const Reply& reply) {
 std::span<const std::byte> frame_of(Builder& builder, const Error& error) {
   builder.Clear();
   const auto body =
-      wire::CreateFailureDirect(builder, static_cast<std::uint16_t>(error.code), error.message.c_str());
+      wire::CreateFailure(builder, static_cast<std::uint16_t>(error.code),
+                          builder.CreateString(std::string_view(error.message).substr(0, kReplyBytes)));
   return frame_of(builder, Reply{wire::ReplyBody::Failure, body.Union()});
 }
 
@@ -108,22 +110,15 @@ Result<std::shared_ptr<Session>> greet(Core& core, const Peer& peer, const wire:
   return session;
 }
 
-// What a reply could not bring does not count: the session may live on with other connections.
-void take_leases_back(const Call& call) {
-  for (const auto& [id, slot] : call.leases) {
-    ResultSetRecord* set = call.core.results.get(id);
-    if (set != nullptr && set->is_open())
-      (void)call.core.results.give_back(call.session->id(), *set, slot, Core::now());
-  }
-  call.core.settle();
+// Why there is no reply but this, in its place.
+tl::unexpected<Error> does_not_fit(std::size_t size_bytes) {
+  spdlog::error("a reply of {} bytes does not fit a frame", size_bytes);
+  return fail(Errc::invalid_argument, "the reply does not fit a frame; ask for less in one request");
 }
-
-Error take_views_back(const Call& call) {
-  for (const ArrayId id : call.views) call.core.store.release(call.session->id(), id, Core::now());
-  call.core.settle();
-  return {Errc::out_of_memory,
-          "too many descriptors of the daemon's user are on their way through sockets; "
-          "try again, or raise the daemon's limit of open files"};
+tl::unexpected<Error> too_many_descriptors() {
+  return fail(Errc::out_of_memory,
+              "too many descriptors of the daemon's user are on their way through sockets; "
+              "try again, or raise the daemon's limit of open files");
 }
 
 // Whether somebody was denied what there is: what whoever runs the daemon is asked about. The rest, as a name
@@ -153,30 +148,32 @@ asio::awaitable<void> answer_all(Connection& connection) {
     // The process may have ended while its last frames still lay in the socket: what it held is gone.
     if (request == nullptr || session->gone()) co_return;
     connection.builder.Clear();
-    Call call{connection.core, connection.channel, session, connection.builder, request->again(), {}, {}};
-    const auto reply = co_await answer(call, *request);
-    if (session->gone() || call.peer_is_gone) co_return;
-    if (reply && reply->type == wire::ReplyBody::NONE) continue;
-    if (!reply) {
-      call.fds.clear();
-      log_refusal(call, *request, reply.error());
-    }
-    auto frame = reply ? frame_of(connection.builder, *reply) : frame_of(connection.builder, reply.error());
-    auto sent = connection.channel.try_send(frame, call.fds);
-    if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, call.fds);
-    if (session->gone()) co_return;
-    if (sent == Sent::too_many_descriptors && !call.views.empty()) {
-      frame = frame_of(connection.builder, take_views_back(call));
-      sent = connection.channel.try_send(frame, {});
-      if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, {});
+    Call call{connection.core, connection.channel, session, connection.builder, request->again()};
+    auto reply = co_await answer(call, *request);
+    // A reply that cannot be sent is not what ends a connection, or its peer would ask again for ever.
+    for (bool is_sent = false; !is_sent;) {
+      if (session->gone() || call.peer_is_gone) co_return;
+      if (reply && reply->type == wire::ReplyBody::NONE) break;
+      if (!reply) {
+        call.bring_nothing();
+        log_refusal(call, *request, reply.error());
+      }
+      const auto frame =
+          reply ? frame_of(connection.builder, *reply) : frame_of(connection.builder, reply.error());
+      if (frame.size() > kMaxFrameBytes) {
+        reply = does_not_fit(frame.size());
+        continue;
+      }
+      auto sent = connection.channel.try_send(frame, call.fds);
+      if (sent == Sent::no_room) sent = co_await connection.channel.send_late(frame, call.fds);
       if (session->gone()) co_return;
-      call.views.clear();
+      if (sent == Sent::too_many_descriptors)
+        reply = too_many_descriptors();
+      else if (sent != Sent::yes)
+        co_return;
+      is_sent = sent == Sent::yes;
     }
-    if (sent != Sent::yes) {
-      (void)take_views_back(call);
-      take_leases_back(call);
-      co_return;
-    }
+    call.grants.keep();
   }
 }
 

@@ -1,5 +1,7 @@
 #include "daemon/session.hpp"
 
+#include <utility>
+
 #include <boost/asio/as_tuple.hpp>
 #include <fmt/format.h>
 
@@ -30,6 +32,13 @@ void Session::close() {
     core_.settle();
   }
   core_.sessions.erase(id_);  // may be the last reference to this object
+}
+
+void Session::end_telling() {
+  const Held said = std::exchange(held_, {});
+  core_.results.keep_only(id_, said.slots, Core::now());
+  core_.store.keep_only(id_, said.views, said.writing, Core::now());
+  ++times_told_;
 }
 
 void Session::remove(Channel& channel) {

@@ -39,6 +39,9 @@ class Session : public std::enable_shared_from_this<Session> {
     ResultSets::Slots slots;
   };
   [[nodiscard]] Held& held() noexcept { return held_; }
+  // It has said all of it: that is what it has now.
+  void end_telling();
+  [[nodiscard]] std::uint64_t times_told() const noexcept { return times_told_; }
   // Set when the session ended. To be looked at after every await: what it held is gone then.
   [[nodiscard]] const std::atomic<bool>& gone() const noexcept { return gone_; }
 
@@ -50,6 +53,7 @@ class Session : public std::enable_shared_from_this<Session> {
   Time connected_;
   std::set<Channel*> channels_;
   Held held_;
+  std::uint64_t times_told_ = 0;
   asio::posix::stream_descriptor pidfd_;
   std::atomic<bool> gone_{false};
 };

@@ -190,11 +190,14 @@ Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
   return &record;
 }
 
-void Store::hand_to_house(ArrayId id) {
-  ArrayRecord& record = records_.at(id);
+const ArrayRecord* Store::hand_to_house(ArrayId id) {
+  const auto at = records_.find(id);
+  if (at == records_.end() || at->second.state != State::writing) return nullptr;
+  ArrayRecord& record = at->second;
   holdings(record.writer).writing.erase(id);
   holdings(kHouse).writing.insert(id);
   record.writer = kHouse;
+  return &record;
 }
 
 void Store::fail_backing(ArrayId id) {

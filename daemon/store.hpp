@@ -156,8 +156,9 @@ class Store {
   // Gives a reserved array its memory. Errors: not_found when the array is gone meanwhile; the segment
   // becomes garbage then. Each reserve() is followed by one back() or one fail_backing().
   [[nodiscard]] Result<const ArrayRecord*> back(ArrayId id, Segment segment);
-  // An array that is being written goes no more with the session that asked for it.
-  void hand_to_house(ArrayId id);
+  // An array that is being written goes no more with the session that asked for it. Null when nobody is
+  // writing such an array any more.
+  [[nodiscard]] const ArrayRecord* hand_to_house(ArrayId id);
   // The memory of a reserved array could not be had.
   void fail_backing(ArrayId id);
   // Drops an array that is reserved or being written.
@@ -280,8 +281,8 @@ class Store {
   [[nodiscard]] Result<const ArrayRecord*> find(SessionId session, std::string_view name) const;
   // Arrays after the id `after` that the session may read, in order of their ids: up to `limit`, in a slice
   // of time.
-  [[nodiscard]] Page<ArrayRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
-                                       std::size_t limit) const;
+  [[nodiscard]] Listing<ArrayRecord> list(SessionId session, const NameFilter& filter, ArrayId after,
+                                          std::size_t limit) const;
   [[nodiscard]] const std::map<ArrayId, ArrayRecord>& records() const noexcept { return records_; }
   [[nodiscard]] bool may(SessionId session, const ArrayRecord& record, Right right) const;
   [[nodiscard]] MemoryUse memory_use() const;

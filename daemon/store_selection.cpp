@@ -85,11 +85,11 @@ Result<std::vector<ArrayRecord*>> Store::selected(SessionId session, const Selec
   return found;
 }
 
-Page<ArrayRecord> Store::list(SessionId session, const NameFilter& filter, ArrayId after,
-                              std::size_t limit) const {
+Listing<ArrayRecord> Store::list(SessionId session, const NameFilter& filter, ArrayId after,
+                                 std::size_t limit) const {
   const auto may_read = [&](const ArrayRecord& record) { return may(session, record, Right::read); };
-  if (!filter.name) return page_of<ArrayRecord>(records_, after, limit, filter, may_read);
-  Page<ArrayRecord> page;
+  if (!filter.name) return listing_of<ArrayRecord>(records_, after, limit, filter, may_read);
+  Listing<ArrayRecord> page;
   const auto versions = names_.find(*filter.name);
   if (versions == names_.end()) return page;
   const auto& ids = versions->second.all;

@@ -7,6 +7,8 @@
 namespace cowmgr {
 namespace {
 
+constexpr std::size_t kMaxHoldersTold = 1024;  // pids of a set's workers: what packs a set is bounded
+
 wire::ArrayState state_of(const ArrayRecord& record) {
   switch (record.state) {
     case ArrayRecord::State::sealed:
@@ -68,7 +70,9 @@ Offset<wire::MemoryStates> pack(Builder& builder, const MemoryStates& states) {
 
 Offset<wire::ResultsInfo> pack(Builder& builder, const ResultSetRecord& set) {
   std::vector<std::int32_t> pids;
-  for (const SessionId session : set.workers) pids.push_back(pid_of(session));
+  for (const SessionId session : set.workers) {
+    if (pids.size() < kMaxHoldersTold) pids.push_back(pid_of(session));
+  }
   const auto name = builder.CreateString(set.name);
   const auto dtype = builder.CreateString(set.spec.dtype.str());
   const auto shape = builder.CreateVector(set.spec.shape);

@@ -61,8 +61,8 @@ void pause_for_a_random_time() {
       std::chrono::milliseconds(std::uniform_int_distribution<int>(1, kLongestPauseMs)(random)));
 }
 
-// "lock:	1: OFDLCK  ADVISORY  READ -1 00:1b:1 4611686018427387899 4611686018427387899" (proc(5), fdinfo).
-// No other file has a lock just there. /proc/locks says -1 for the process, too.
+// "lock:	1: OFDLCK  ADVISORY  READ -1 00:1b:1 4611686018427387899 4611686018427387899" (proc(5),
+// fdinfo). No other file has a lock just there. /proc/locks says -1 for the process, too.
 bool has_lock_at(const fs::path& process, off_t place) {
   const std::string range = fmt::format(" {} {}", place, place);
   std::error_code ignored;

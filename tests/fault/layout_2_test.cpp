@@ -119,7 +119,7 @@ TEST_F(Layout2, IsRefusedToAClientThatDoesNotSayThatItReadsIt) {
 }
 
 TEST_F(Layout2, HasTwoPagesAndNoMore) {
-  const auto refused = connect().create("x", {many_fields(1000), {3}});
+  const auto refused = connect().create("x", {many_fields(400), {3}});
   ASSERT_THAT(refused, FailsWith(Errc::invalid_dtype));
   EXPECT_THAT(refused.error().message, HasSubstr("two pages that NumPy reads in place"));
 }

@@ -1,7 +1,9 @@
-// What one request may cost: it is bounded before anything is done.
+// What one request may cost, and how long its reply may be: both are bounded before anything is done.
 #include <fstream>
+#include <set>
 #include <string>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -92,6 +94,61 @@ TEST_F(Bounds, OfWhatASessionMaySayThatItHas) {
     ASSERT_NE(peer.ask<wire::Done>(hold), nullptr);
   }
   EXPECT_LT(own_bytes(), before + (16U << 20U));
+}
+
+// ---- Replies ----
+
+// A batch as large as a batch may be, all of it refused, with as many slots asked for as there may be.
+TEST_F(Bounds, OfAReplyThatTellsOfEverySlotThatWasRefused) {
+  const Client client = connect();
+  auto set = client.create_ragged("set", 2 * kMaxBatch);
+  ASSERT_THAT(set, Succeeds());
+  const std::uint64_t id = set->info()->id;
+  RawPeer peer = RawPeer::greeted(socket());
+  std::vector<std::uint64_t> slots(kMaxBatch);
+  for (std::uint64_t i = 0; i < kMaxBatch; ++i) slots[i] = i;
+  const auto commit = [&](std::uint32_t next) {
+    return [&, next](Builder& b) {
+      return wire::CreateCommitSlotsDirect(b, id, &slots, nullptr, nullptr, next, false, true);
+    };
+  };
+  ASSERT_NE(peer.ask<wire::Leased>([&](Builder& b) { return wire::CreateLeaseSlots(b, id, -1, kMaxBatch); }),
+            nullptr);
+  ASSERT_EQ(peer.ask<wire::Leased>(commit(0))->refused(), nullptr);
+  const auto* reply = peer.ask<wire::Leased>(commit(kMaxBatch));
+  ASSERT_NE(reply, nullptr) << "the connection lives";
+  ASSERT_NE(reply->refused(), nullptr);
+  std::set<std::uint64_t> told;
+  for (const auto* refused : *reply->refused()) {
+    told.insert(refused->slot());
+    EXPECT_EQ(static_cast<Errc>(refused->code()), Errc::already_committed);
+    EXPECT_THAT(std::string(view_of(refused->message())), testing::HasSubstr("is committed already"));
+  }
+  EXPECT_EQ(told.size(), kMaxBatch);
+  EXPECT_EQ(set->info()->leased, reply->slots()->size()) << "no slot is leased that the peer was not told of";
+}
+
+// A worker that was stopped until all its leases were over, as its client lives through it.
+TEST_F(Bounds, OfAReplyToAWorkerThatComesTooLate) {
+  constexpr std::uint64_t kSlots = kMaxBatch;
+  const Client client = connect();
+  auto set = client.create_results("set", {Dtype::of<std::uint64_t>(), {kSlots}}, kSlots,
+                                   {.lease = std::chrono::seconds(2)});
+  ASSERT_THAT(set, Succeeds());
+  bool was_late = false;
+  const auto task = [&](Slot& slot) -> Result<void> {
+    slot.as<std::uint64_t>()->front() = slot.index() + 1;
+    if (slot.index() == 0 && !std::exchange(was_late, true)) {
+      EXPECT_TRUE(eventually([&] { return set->info()->leased == 0; }));
+    }
+    return {};
+  };
+  const auto worked = set->work(task, {.batch = kMaxBatch});
+  ASSERT_THAT(worked, Succeeds());
+  EXPECT_EQ(*worked, kSlots);
+  const auto array = set->wait();
+  ASSERT_THAT(array, Succeeds());
+  for (std::uint64_t i = 0; i < kSlots; ++i) ASSERT_EQ((*array->as<std::uint64_t>())[i], i + 1);
 }
 
 }  // namespace

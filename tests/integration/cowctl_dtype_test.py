@@ -34,7 +34,7 @@ class LongDtypes(CowctlTest):
         self.assertEqual(np.load("/dev/shm" + self.info("x")["segment"], mmap_mode="r").offset, 4096)
 
     def test_three_pages_are_refused(self):
-        self.save("x", many_fields(1000))
+        self.save("x", many_fields(400))
         self.refuse("invalid_dtype", "put", "x.npy", says="two pages")
 
 

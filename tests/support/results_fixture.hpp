@@ -85,7 +85,10 @@ class ResultSetsTest : public StoreTest {
     EXPECT_THAT(store_->back(*id, make_segment(*id)), Succeeds());
     const ResultTerms all = terms(slots, false, set_terms);
     const auto described = ResultSets::record_of(session, all, record(*id));
-    return results_->add(described, slot_memory(described, all)).id;
+    SlotMemory memory = slot_memory(described, all);
+    const auto added = results_->add(described, memory);
+    EXPECT_THAT(added, Succeeds());
+    return (*added)->id;
   }
   ArrayId make(SessionId session, const std::string& name, std::uint64_t slots) {
     return make(session, name, slots, {}, {});
@@ -100,7 +103,10 @@ class ResultSetsTest : public StoreTest {
     const ResultTerms all = terms(slots, true, set_terms);
     const CreateRequest wanted{.name = name, .spec = {Dtype::of<std::uint8_t>(), {}}, .mode = options.mode};
     const auto described = results_->record_of(session, all, id, wanted, tick());
-    return results_->add(described, slot_memory(described, all)).id;
+    SlotMemory memory = slot_memory(described, all);
+    const auto added = results_->add(described, memory);
+    EXPECT_THAT(added, Succeeds());
+    return (*added)->id;
   }
   ArrayId make_ragged(SessionId session, const std::string& name, std::uint64_t slots) {
     return make_ragged(session, name, slots, {}, {});
@@ -166,13 +172,15 @@ class ResultSetsTest : public StoreTest {
     const auto array = store_->reserve(session, wanted, tick());
     EXPECT_THAT(array, Succeeds());
     EXPECT_THAT(store_->back(*array, make_segment(*array)), Succeeds());
-    results_->allocated(set(id), slot, *array);
+    EXPECT_TRUE(results_->allocated(set(id), slot, *array));
     return *array;
   }
   // Seals what was allocated for the slot, and commits it.
   Result<void> commit_array(SessionId session, ArrayId id, SlotIndex slot) {
-    seal(kHouse, set(id).allocated.at(slot));
-    return results_->commit_array(session, set(id), slot, now().time);
+    const auto sealing = results_->begin_sealing(session, set(id), slot, 0);
+    if (!sealing) return error_of(sealing);
+    seal(kHouse, sealing->array);
+    return results_->commit_array(session, *sealing, now().time);
   }
 
   // ---- What the daemon does after each request, and when a session ends ----

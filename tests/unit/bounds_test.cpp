@@ -51,8 +51,8 @@ TEST(Bounds, TakeAFrameFullOfLongTexts) {
   const std::string dtype(4000, 'd');
   std::vector<Offset<wire::Writing>> writing;
   while (builder.GetSize() + 5000 < kMaxFrameBytes)
-    writing.push_back(wire::CreateWriting(
-        builder, 1, wire::CreateMakeArrayDirect(builder, name.c_str(), dtype.c_str())));
+    writing.push_back(
+        wire::CreateWriting(builder, 1, wire::CreateMakeArrayDirect(builder, name.c_str(), dtype.c_str())));
   EXPECT_THAT(checked(builder, wire::CreateHoldDirect(builder, nullptr, &writing)), Succeeds());
 }
 

@@ -11,17 +11,18 @@ from pathlib import Path
 # The daemon's files from bottom to top. A name stands for name.hpp, name.cpp and name_*.{hpp,cpp}. A file includes
 # its own layer and those below it.
 DAEMON_LAYERS = [
-    ["state_change"],
+    ["state_change", "undo", "cgroup", "closer", "log", "peer_log"],
     ["shm_env", "shm_holders", "peer", "quota", "descriptors", "fd_store"],
     ["slot_table"],
     ["selection"],
     ["store", "store_adoption"],
     ["results"],
     ["recovery"],
-    ["bounds", "wire", "config"],
+    ["bounds", "wire", "reply_room", "config"],
     ["core"],
     ["channel"],
     ["session"],
+    ["grants"],
     ["requests", "result_requests"],
     ["serve"],
     ["server"],

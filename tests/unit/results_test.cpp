@@ -496,8 +496,8 @@ TEST_F(ResultSetsTest, AnAllocationTakesThePlaceOfTheOneBefore) {
   lease(kMate, id);
   const ArrayId first = write(kMate, "first");
   const ArrayId second = write(kMate, "second");
-  results_->allocated(set(id), 0, first);
-  results_->allocated(set(id), 0, second);
+  EXPECT_TRUE(results_->allocated(set(id), 0, first));
+  EXPECT_TRUE(results_->allocated(set(id), 0, second));
   EXPECT_FALSE(exists(first));
   EXPECT_THAT(set(id).allocated, ElementsAre(testing::Pair(0, second)));
 }
@@ -505,13 +505,17 @@ TEST_F(ResultSetsTest, AnAllocationTakesThePlaceOfTheOneBefore) {
 TEST_F(ResultSetsTest, OnlyTheHolderCommitsAnArray) {
   const ArrayId id = make_ragged(kAlice, "r", 2);
   lease(kMate, id);
-  EXPECT_THAT(results_->commit_array(kMate, set(id), 0, now().time), FailsWith(Errc::not_holder));
+  EXPECT_THAT(results_->begin_sealing(kMate, set(id), 0, 0), FailsWith(Errc::invalid_argument));
   const ArrayId array = allocate(kMate, id, 0);
+  EXPECT_THAT(results_->begin_sealing(kAlice2, set(id), 0, 0), FailsWith(Errc::not_holder));
+  EXPECT_THAT(results_->begin_sealing(kMate, set(id), 0, 2), FailsWith(Errc::not_holder));
+  EXPECT_THAT(results_->begin_sealing(kMate, set(id), 1, 0), FailsWith(Errc::not_holder));
+  const auto sealing = results_->begin_sealing(kMate, set(id), 0, 0);
+  ASSERT_THAT(sealing, Succeeds());
+  EXPECT_THAT(results_->commit_array(kMate, *sealing, now().time), FailsWith(Errc::not_holder));
   seal(kHouse, array);
-  EXPECT_THAT(results_->commit_array(kAlice2, set(id), 0, now().time), FailsWith(Errc::not_holder));
-  EXPECT_THAT(results_->commit_array(kMate, set(id), 1, now().time), FailsWith(Errc::not_holder));
   EXPECT_THAT(set(id).allocated, testing::SizeIs(1));
-  EXPECT_THAT(results_->commit_array(kMate, set(id), 0, now().time), Succeeds());
+  EXPECT_THAT(results_->commit_array(kMate, *sealing, now().time), Succeeds());
   EXPECT_THAT(set(id).allocated, IsEmpty());
 }
 
@@ -519,12 +523,19 @@ TEST_F(ResultSetsTest, AnArrayWhoseSlotWasLostWhileItWasSealedGoes) {
   const ArrayId id = make_ragged(kAlice, "r", 1, {}, {.limits = {.lease = milliseconds(20)}});
   lease(kMate, id);
   const ArrayId array = allocate(kMate, id, 0);
-  seal(kHouse, array);
+  const auto sealing = results_->begin_sealing(kMate, set(id), 0, 0);
+  ASSERT_THAT(sealing, Succeeds());
   pass(20);
   results_->expire(now());
+  EXPECT_TRUE(exists(array)) << "its holder was in time";
+  EXPECT_THAT(results_->give_back(kMate, set(id), 0, now().time), Succeeds());
   EXPECT_FALSE(exists(array));
-  EXPECT_THAT(results_->commit_array(kMate, set(id), 0, now().time), FailsWith(Errc::not_holder));
+  results_->give_up_sealing(kMate, *sealing, now().tick);
+  EXPECT_THAT(results_->commit_array(kMate, *sealing, now().time), FailsWith(Errc::not_holder));
+  pass(20);
+  results_->expire(now());
   EXPECT_EQ(seen(id, 0).state, SlotState::free);
+  EXPECT_EQ(set(id).table.leased(), 0U);
 }
 
 TEST_F(ResultSetsTest, TheArraysOfARaggedSetGoWithItButForPinnedAndViewedOnes) {

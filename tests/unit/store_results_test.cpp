@@ -34,7 +34,7 @@ TEST_F(StoreForResults, AnArrayOfTheHouseStaysWhenItsMakerGoesAndTheHouseSealsIt
   const auto id = store_->reserve(kAlice, request("x"), tick());
   ASSERT_THAT(id, Succeeds());
   EXPECT_THAT(store_->back(*id, make_segment(*id)), Succeeds());
-  store_->hand_to_house(*id);
+  EXPECT_NE(store_->hand_to_house(*id), nullptr);
   EXPECT_EQ(record(*id).writer_pid, 11);
   EXPECT_EQ(record(*id).owner.uid, kAliceUid);
   EXPECT_EQ(store_->use_of(kAlice).writing, 0U);

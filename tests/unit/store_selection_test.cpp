@@ -31,7 +31,7 @@ class StoreSelection : public StoreTest {
     EXPECT_EQ(store_->search(kAlice, selection), true);
     return store_->evict(kAlice, selection);
   }
-  static Names names_of(const Page<ArrayRecord>& page) {
+  static Names names_of(const Listing<ArrayRecord>& page) {
     Names names;
     for (const ArrayRecord* record : page.entries) names.push_back(record->name);
     return names;
