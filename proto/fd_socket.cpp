@@ -3,6 +3,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -44,13 +45,32 @@ const sockaddr* generic(const sockaddr_un& address) {
   return reinterpret_cast<const sockaddr*>(&address);
 }
 
+constexpr std::string_view kLeftUnread =
+    "the other side closed the connection, and left unread what was sent";
+
 Error disconnected() {
   return {Errc::disconnected, "the other side closed the connection"};
 }
 
 // Why the receive call `name` failed.
 Error not_received(std::string_view name) {
-  return errno == ECONNRESET ? disconnected() : os_error(name, "a frame", errno);
+  if (errno == ECONNRESET) return {Errc::disconnected, std::string(kLeftUnread)};
+  return os_error(name, "a frame", errno);
+}
+
+// Makes room for `count` more; without memory for that, closes the descriptors, which nobody owns yet.
+bool has_room(std::vector<UniqueFd>& fds, const cmsghdr* part, std::size_t count) noexcept {
+  try {
+    fds.reserve(fds.size() + count);
+    return true;
+  } catch (const std::bad_alloc&) {
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
+    const UniqueFd closed(fd);
+  }
+  return false;
 }
 
 // Takes the descriptors out of a received message, before anything else can fail.
@@ -59,6 +79,10 @@ std::vector<UniqueFd> take_fds(msghdr& message) {
   for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part)) {
     if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
     const std::size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    if (!has_room(fds, part, count)) {
+      message.msg_flags |= MSG_CTRUNC;
+      continue;
+    }
     for (std::size_t i = 0; i < count; ++i) {
       int fd = -1;
       std::memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
@@ -95,11 +119,15 @@ void put_fds(msghdr& message, ControlBuffer& control, std::span<const int> fds) 
 
 }  // namespace
 
-Result<UniqueFd> connect_to(const std::string& path) {
+Result<UniqueFd> connect_to(const std::string& path, std::chrono::milliseconds patience) {
   const auto address = address_of(path);
   if (!address) return error_of(address);
   auto fd = new_socket(0);
   if (!fd) return fd;
+  // connect(2) waits too, while the listener's queue is full.
+  const timeval wait{patience.count() / 1000, patience.count() % 1000 * 1000};
+  if (patience.count() > 0 && ::setsockopt(fd->get(), SOL_SOCKET, SO_SNDTIMEO, &wait, sizeof wait) != 0)
+    return tl::unexpected(os_error("setsockopt", "SO_SNDTIMEO", errno));
   int rc = 0;
   do rc = ::connect(fd->get(), generic(*address), sizeof *address);
   while (rc != 0 && errno == EINTR);
@@ -109,6 +137,8 @@ Result<UniqueFd> connect_to(const std::string& path) {
         Errc::no_daemon,
         fmt::format("no cowmgr daemon listens at {}; start one with `cowmgr --socket {}`", path, path));
   }
+  if (errno == EAGAIN)
+    return fail(Errc::timed_out, fmt::format("the daemon at {} takes no connections; is it stopped?", path));
   return tl::unexpected(os_error("connect", path, errno));
 }
 
@@ -218,21 +248,22 @@ Result<std::optional<Frame>> receive_frame(int socket, std::span<std::byte> buff
   while (count < 0 && errno == EINTR);
   if (count < 0 && errno == EAGAIN) return std::optional<Frame>();
   if (count < 0) return tl::unexpected(not_received("recvmsg"));
-  Frame frame{buffer.first(static_cast<std::size_t>(count)), take_fds(message)};
+  Frame frame{buffer.first(static_cast<std::size_t>(count)), take_fds(message), false};
   // A record of no bytes, which may bring descriptors, reads like the end of the connection; no frame is
   // empty, so both end it.
   if (count == 0) return tl::unexpected(disconnected());
   const bool is_cut = (message.msg_flags & MSG_TRUNC) != 0;
-  const bool lacks_fds = (message.msg_flags & MSG_CTRUNC) != 0;
-  // The kernel also drops the descriptors that this process has no number left for.
-  if (lacks_fds && !is_cut && frame.fds.size() < kMaxFrameFds) {
-    return tl::unexpected(os_error("recvmsg", "a frame's descriptors", EMFILE));
-  }
-  if (is_cut || lacks_fds) {
+  // The kernel drops those beyond our room for them, and those that this process has no number left for.
+  frame.lacks_fds = (message.msg_flags & MSG_CTRUNC) != 0;
+  if (is_cut || (frame.lacks_fds && frame.fds.size() >= kMaxFrameFds)) {
     return fail(Errc::protocol_error,
                 "a frame is longer, or carries more descriptors, than the protocol allows");
   }
   return std::optional<Frame>(std::move(frame));
+}
+
+bool left_unread(const Error& error) noexcept {
+  return error.code == Errc::disconnected && error.message == kLeftUnread;
 }
 
 Result<std::optional<std::span<const std::byte>>> receive_bytes(int socket, std::span<std::byte> buffer) {
