@@ -27,6 +27,12 @@ Result<void> check_process(std::uint64_t generation) {
   return fail(Errc::wrong_process, "this handle belongs to the parent of this forked process; make one here");
 }
 
+Result<Mapping> map_segment(int fd, std::uint64_t segment_bytes, std::uint64_t data_end, Access access) {
+  if (segment_bytes < data_end)
+    return fail(Errc::protocol_error, "the daemon's description of a segment contradicts itself");
+  return Mapping::map(fd, segment_bytes, access);
+}
+
 // ---- ArrayImpl ----
 
 ArrayImpl::~ArrayImpl() {
@@ -38,44 +44,49 @@ ArrayImpl::~ArrayImpl() {
 
 Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::attach(
     const std::shared_ptr<Connection>& connection, const std::vector<std::uint64_t>& ids, View view) {
-  const auto reply =
-      connection->call<wire::Arrays>([&](Builder& b) { return wire::CreateAttachDirect(b, nullptr, &ids); });
-  if (!reply) return error_of(reply);
-  auto arrays = map_all(connection, *reply, view);
-  if (arrays && arrays->size() != ids.size())
-    return fail(Errc::protocol_error, "the daemon's answer to an attach is malformed");
-  return arrays;
+  return connection->call<wire::Arrays>(
+      [&](Builder& b) { return wire::CreateAttachDirect(b, nullptr, &ids); },
+      [&](auto& reply) { return take_all(connection, reply, ids.size(), view); });
 }
 
-Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::map_all(
-    const std::shared_ptr<Connection>& connection, const Connection::Reply<wire::Arrays>& reply, View view) {
+Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::take_all(
+    const std::shared_ptr<Connection>& connection, Connection::Reply<wire::Arrays>& reply, std::size_t count,
+    View view) {
   const auto* tables = reply->arrays();
+  if (tables == nullptr || tables->size() != count || reply.fds().size() != count)
+    return fail(Errc::protocol_error, "the daemon sent other arrays, or descriptors, than were asked for");
   std::vector<std::unique_ptr<ArrayImpl>> arrays;
-  if (tables == nullptr || tables->size() != reply.fds().size()) {
-    return fail(Errc::protocol_error, "the daemon sent arrays without their descriptors");
-  }
   for (flatbuffers::uoffset_t i = 0; i < tables->size(); ++i) {
     auto info = info_of(*tables->Get(i));
     if (!info) return error_of(std::move(info));
-    const int fd = reply.fds()[i].get();
-    auto mapping = [&]() -> Result<std::shared_ptr<Mapping>> {
-      if (view == View::shared) return connection->map_shared(info->id, fd, info->segment_bytes);
-      auto mapped = Mapping::map(fd, info->segment_bytes, Access::copy_on_write);
-      if (!mapped) return error_of(std::move(mapped));
-      return std::make_shared<Mapping>(*std::move(mapped));
-    }();
-    if (!mapping) {
-      // The daemon counts a view for each array of the reply: those that are not mapped must be told back.
-      for (auto rest = i; rest < tables->size(); ++rest) connection->release_view(tables->Get(rest)->id());
-      return error_of(std::move(mapping));
-    }
-    connection->add_view(info->id);
+    auto mapping = connection->map(*info, reply.fds()[i].get(), view);
+    if (!mapping) return error_of(std::move(mapping));
     arrays.push_back(std::make_unique<ArrayImpl>(connection, *std::move(info), *std::move(mapping), view));
   }
+  reply.keep();
+  for (const auto& array : arrays) array->hold();
   return arrays;
 }
 
 // ---- WriterImpl ----
+
+Result<std::unique_ptr<WriterImpl>> WriterImpl::take(const std::shared_ptr<Connection>& connection,
+                                                     Connection::Reply<wire::Created>& reply,
+                                                     const WritingRequest& request) {
+  if (reply->array() == nullptr || reply.fds().size() != 2)
+    return fail(Errc::protocol_error, "the daemon made an array without its memory");
+  auto info = info_of(*reply->array());
+  if (!info) return error_of(std::move(info));
+  if (info->data_bytes != data_bytes(request.spec).value_or(0))
+    return fail(Errc::protocol_error, "the daemon made another array than was asked for");
+  auto mapping = map_segment(reply.fds()[0].get(), info->segment_bytes, data_end(*info), Access::read_write);
+  if (!mapping) return error_of(std::move(mapping));
+  auto writer = std::make_unique<WriterImpl>(connection, *std::move(info), *std::move(mapping),
+                                             std::move(reply.fds()[1]), request.options.checksum);
+  reply.keep(&request);
+  writer->hold();
+  return writer;
+}
 
 WriterImpl::~WriterImpl() {
   if (generation_ != fork_generation()) {
@@ -83,11 +94,11 @@ WriterImpl::~WriterImpl() {
     if (!is_read_only_) (void)new Mapping(std::move(mapping_));
     return;
   }
-  if (is_sealed_) return;
+  if (!is_held_) return;
   connection_->remove_writing(info_.id);
   mapping_ = Mapping();
   reader_.reset();
-  (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info_.id); });
+  (void)connection_->give_back({.array = info_.id});
 }
 
 Result<std::unique_ptr<ArrayImpl>> WriterImpl::seal() {
@@ -98,30 +109,40 @@ Result<std::unique_ptr<ArrayImpl>> WriterImpl::seal() {
     reader_.reset();
     if (wants_checksum_) info_.checksum = checksum_of(data());
   }
-  const auto reply = connection_->call<wire::Arrays>(
-      [&](Builder& b) { return wire::CreateSealArray(b, info_.id, info_.checksum); });
-  if (!reply && reply.error().code == Errc::not_holder) {
-    // An earlier daemon may have sealed it before it could say so.
-    auto sealed = ArrayImpl::attach(connection_, {info_.id}, View::shared);
-    if (!sealed) return error_of(reply);
-    is_sealed_ = true;
-    connection_->remove_writing(info_.id);
-    auto mapping = std::make_shared<Mapping>(std::move(mapping_));  // pointers into it stay valid
-    connection_->keep_mapping(info_.id, mapping);
-    sealed->front()->use(std::move(mapping));
-    return std::move(sealed->front());
-  }
-  if (!reply) return error_of(reply);
-  is_sealed_ = true;
+  auto sealed = connection_->call<wire::Arrays>(
+      [&](Builder& b) { return wire::CreateSealArray(b, info_.id, info_.checksum); },
+      [&](auto& reply) { return take_sealed(reply); });
+  // An earlier daemon may have sealed it before it could say so, or this one after we stopped waiting.
+  if (sealed || sealed.error().code != Errc::not_holder) return sealed;
+  auto found = find_sealed();
+  return found ? std::move(found) : std::move(sealed);
+}
+
+Result<std::unique_ptr<ArrayImpl>> WriterImpl::take_sealed(Connection::Reply<wire::Arrays>& reply) {
+  is_held_ = false;
   connection_->remove_writing(info_.id);
-  if ((*reply)->arrays() == nullptr || (*reply)->arrays()->size() != 1)
+  if (reply->arrays() == nullptr || reply->arrays()->size() != 1 || reply->arrays()->Get(0)->id() != info_.id)
     return fail(Errc::protocol_error, "the daemon's answer to a seal is malformed");
-  auto info = info_of(*(*reply)->arrays()->Get(0));
+  auto info = info_of(*reply->arrays()->Get(0));
   if (!info) return error_of(std::move(info));
+  auto mapping = std::make_shared<Mapping>();
+  auto array = std::make_unique<ArrayImpl>(connection_, *std::move(info), mapping, View::shared);
+  reply.keep();
+  array->hold();
+  *mapping = std::move(mapping_);  // pointers into it stay valid
+  connection_->keep_mapping(info_.id, mapping);
+  return array;
+}
+
+Result<std::unique_ptr<ArrayImpl>> WriterImpl::find_sealed() {
+  auto sealed = ArrayImpl::attach(connection_, {info_.id}, View::shared);
+  if (!sealed) return error_of(std::move(sealed));
+  is_held_ = false;
+  connection_->remove_writing(info_.id);
   auto mapping = std::make_shared<Mapping>(std::move(mapping_));
   connection_->keep_mapping(info_.id, mapping);
-  connection_->add_view(info_.id);
-  return std::make_unique<ArrayImpl>(connection_, *std::move(info), std::move(mapping), View::shared);
+  sealed->front()->use(std::move(mapping));
+  return std::move(sealed->front());
 }
 
 }  // namespace detail

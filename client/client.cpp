@@ -48,8 +48,21 @@ std::vector<std::string> strings_of(std::initializer_list<std::string_view> text
   return {texts.begin(), texts.end()};
 }
 
-EvictReport report_of(const wire::Names& names) {
-  return {detail::strings_of(names.names()), names.freed_bytes(), detail::strings_of(names.pinned())};
+Result<EvictReport> report_of(const detail::Connection::Reply<wire::Names>& reply) {
+  return EvictReport{detail::strings_of(reply->names()), reply->freed_bytes(),
+                     detail::strings_of(reply->pinned())};
+}
+
+Result<ArrayDetails> details_of(const detail::Connection::Reply<wire::ArrayDetails>& reply) {
+  if (reply->array() == nullptr)
+    return fail(Errc::protocol_error, "the daemon's description of an array is malformed");
+  auto info = detail::info_of(*reply->array());
+  if (!info) return error_of(std::move(info));
+  ArrayDetails details{*std::move(info), reply->resident_bytes(), reply->huge_bytes(), {}};
+  if (reply->holders() != nullptr) {
+    for (const auto* holder : *reply->holders()) details.holders.push_back(detail::info_of(*holder));
+  }
+  return details;
 }
 
 // Names, or patterns. A daemon that knows patterns alone gets the names as such.
@@ -82,14 +95,18 @@ std::int64_t now_us() {
       .count();
 }
 
-// All pages of a listing: `ask(after)` gets one, `append(page)` takes its items.
-template <class Ask, class Append>
-Result<void> all_pages(const Ask& ask, const Append& append) {
+// All pages of a listing: `build(builder, after)` asks for one, `append(page)` takes its items.
+template <class Page, class Build, class Append>
+Result<void> all_pages(detail::Connection& connection, const Build& build, const Append& append) {
   for (std::uint64_t after = 0;;) {
-    const auto page = ask(after);
-    if (!page) return error_of(page);
-    if (auto ok = append(**page); !ok) return ok;
-    after = (*page)->next();
+    const auto next = connection.call<Page>([&](Builder& b) { return build(b, after); },
+                                            [&](auto& page) -> Result<std::uint64_t> {
+                                              if (auto ok = append(*page); !ok)
+                                                return error_of(std::move(ok));
+                                              return page->next();
+                                            });
+    if (!next) return error_of(next);
+    after = *next;
     if (after == 0) return {};
   }
 }
@@ -97,11 +114,13 @@ Result<void> all_pages(const Ask& ask, const Append& append) {
 }  // namespace
 
 Result<Client> Client::connect(const ConnectOptions& options) {
-  auto connection =
-      detail::Connection::open(options.socket.empty() ? find_socket() : options.socket,
-                               options.command.empty() ? program_invocation_short_name : options.command,
-                               options.daemon_user.empty() ? find_daemon_user() : options.daemon_user,
-                               options.reconnect, options.wait);
+  auto connection = detail::Connection::open(
+      {.socket = options.socket.empty() ? find_socket() : options.socket,
+       .command = options.command.empty() ? program_invocation_short_name : options.command,
+       .daemon_user = options.daemon_user.empty() ? find_daemon_user() : options.daemon_user,
+       .reconnect = options.reconnect,
+       .wait = options.wait,
+       .answer = options.answer});
   if (!connection) return error_of(std::move(connection));
   return Client(*std::move(connection));
 }
@@ -113,23 +132,12 @@ const std::string& Client::socket() const noexcept {
 Result<ArrayWriter> Client::create(NameRef name, const ArraySpec& spec, const CreateOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
   const detail::WritingRequest request{std::string(name), spec, options};
-  auto reply = connection_->call<wire::Created>([&](Builder& b) { return pack(b, request); });
-  if (!reply) return error_of(std::move(reply));
-  if ((*reply)->array() == nullptr || reply->fds().size() != 2)
-    return fail(Errc::protocol_error, "the daemon made an array without its memory");
-  auto info = detail::info_of(*(*reply)->array());
-  if (!info) return error_of(std::move(info));
-  auto mapping = Mapping::map(reply->fds()[0].get(), info->segment_bytes, Access::read_write);
-  if (!mapping) {
-    // This session is the array's writer all the same, until it says that it gives the array up.
-    reply->let_go();
-    (void)connection_->call<wire::Done>([&](Builder& b) { return wire::CreateAbortArray(b, info->id); });
-    return error_of(std::move(mapping));
-  }
-  connection_->add_writing(info->id, request);
+  auto writer = connection_->call<wire::Created>(
+      [&](Builder& b) { return pack(b, request); },
+      [&](auto& reply) { return detail::WriterImpl::take(connection_, reply, request); });
+  if (!writer) return error_of(std::move(writer));
   connection_->watch_daemon();
-  return ArrayWriter(std::make_unique<detail::WriterImpl>(connection_, *std::move(info), *std::move(mapping),
-                                                          std::move(reply->fds()[1]), options.checksum));
+  return ArrayWriter(*std::move(writer));
 }
 
 Result<Array> Client::put(NameRef name, const ArraySpec& spec, std::span<const std::byte> data,
@@ -156,21 +164,20 @@ Result<Array> Client::attach(NameRef name, const AttachOptions& options) const {
 
 Result<std::vector<Array>> Client::attach(std::span<const std::string> names,
                                           const AttachOptions& options) const {
-  const detail::Patience patience(options.wait);
+  detail::Patience patience(*connection_, options.wait);
   for (;;) {
-    const std::uint32_t wait_ms = patience.next_ms();
-    auto reply = connection_->call<wire::Arrays>([&](Builder& b) {
-      const auto packed = b.CreateVectorOfStrings(names.begin(), names.end());
-      return wire::CreateAttach(b, packed, 0, wait_ms);
-    });
-    if (!reply) {
-      if (reply.error().code == Errc::timed_out && !patience.is_over()) continue;
-      return error_of(std::move(reply));
-    }
-    auto impls = detail::ArrayImpl::map_all(connection_, *reply, options.view);
-    if (!impls) return error_of(std::move(impls));
-    if (impls->size() != names.size())
-      return fail(Errc::protocol_error, "the daemon sent another number of arrays than was asked for");
+    patience.next();
+    auto impls = connection_->call<wire::Arrays>(
+        patience,
+        [&](Builder& b) {
+          const auto packed = b.CreateVectorOfStrings(names.begin(), names.end());
+          return wire::CreateAttach(b, packed, 0, patience.wait_ms());
+        },
+        [&](auto& reply) {
+          return detail::ArrayImpl::take_all(connection_, reply, names.size(), options.view);
+        });
+    if (!impls && patience.may_ask_again(impls.error())) continue;
+    if (!impls) return tl::unexpected(patience.last_word(impls.error()));
     std::vector<Array> arrays;
     for (auto& impl : *impls) arrays.push_back(Array(std::move(impl)));
     return arrays;
@@ -207,12 +214,12 @@ Result<EvictReport> Client::evict_matching(NameRef pattern) const {
 
 Result<EvictReport> Client::evict(std::span<const std::string> texts, bool are_patterns) const {
   const std::int64_t asked_us = now_us();
-  const auto reply = connection_->call<wire::Names>([&](Builder& b) {
-    const auto packed = pack_texts(b, texts, are_patterns);
-    return wire::CreateEvict(b, packed.patterns, 0, asked_us, packed.names, are_patterns);
-  });
-  if (!reply) return error_of(reply);
-  return report_of(**reply);
+  return connection_->call<wire::Names>(
+      [&](Builder& b) {
+        const auto packed = pack_texts(b, texts, are_patterns);
+        return wire::CreateEvict(b, packed.patterns, 0, asked_us, packed.names, are_patterns);
+      },
+      report_of);
 }
 
 Result<EvictReport> Client::evict(std::initializer_list<std::string_view> names) const {
@@ -225,10 +232,8 @@ Result<EvictReport> Client::evict(NameRef name) const {
 
 Result<EvictReport> Client::evict_lru(std::uint64_t size_bytes) const {
   if (size_bytes == 0) return EvictReport{};
-  const auto reply =
-      connection_->call<wire::Names>([&](Builder& b) { return wire::CreateEvict(b, 0, size_bytes); });
-  if (!reply) return error_of(reply);
-  return report_of(**reply);
+  return connection_->call<wire::Names>([&](Builder& b) { return wire::CreateEvict(b, 0, size_bytes); },
+                                        report_of);
 }
 
 Result<std::vector<std::string>> Client::pin(std::span<const std::string> names, bool pinned) const {
@@ -251,12 +256,12 @@ Result<std::vector<std::string>> Client::pin_matching(NameRef pattern, bool pinn
 
 Result<std::vector<std::string>> Client::pin(std::span<const std::string> texts, bool are_patterns,
                                              bool pinned) const {
-  const auto reply = connection_->call<wire::Names>([&](Builder& b) {
-    const auto packed = pack_texts(b, texts, are_patterns);
-    return wire::CreatePin(b, packed.patterns, pinned, packed.names, are_patterns);
-  });
-  if (!reply) return error_of(reply);
-  return detail::strings_of((*reply)->names());
+  return connection_->call<wire::Names>(
+      [&](Builder& b) {
+        const auto packed = pack_texts(b, texts, are_patterns);
+        return wire::CreatePin(b, packed.patterns, pinned, packed.names, are_patterns);
+      },
+      [](auto& reply) { return Result<std::vector<std::string>>(detail::strings_of(reply->names())); });
 }
 
 Result<std::vector<std::string>> Client::pin(std::initializer_list<std::string_view> names,
@@ -269,18 +274,9 @@ Result<std::vector<std::string>> Client::pin(NameRef name, bool pinned) const {
 }
 
 Result<ArrayDetails> Client::stat(NameRef name) const {
-  const auto reply = connection_->call<wire::ArrayDetails>(
-      [&](Builder& b) { return wire::CreateStatArray(b, b.CreateString(name.data(), name.size())); });
-  if (!reply) return error_of(reply);
-  if ((*reply)->array() == nullptr)
-    return fail(Errc::protocol_error, "the daemon's description of an array is malformed");
-  auto info = detail::info_of(*(*reply)->array());
-  if (!info) return error_of(std::move(info));
-  ArrayDetails details{*std::move(info), (*reply)->resident_bytes(), (*reply)->huge_bytes(), {}};
-  if ((*reply)->holders() != nullptr) {
-    for (const auto* holder : *(*reply)->holders()) details.holders.push_back(detail::info_of(*holder));
-  }
-  return details;
+  return connection_->call<wire::ArrayDetails>(
+      [&](Builder& b) { return wire::CreateStatArray(b, b.CreateString(name.data(), name.size())); },
+      details_of);
 }
 
 Result<std::vector<ArrayInfo>> Client::list() const {
@@ -297,13 +293,11 @@ Result<std::vector<ArrayInfo>> Client::list_matching(NameRef pattern) const {
 
 Result<std::vector<ArrayInfo>> Client::list(std::string_view text, bool is_pattern) const {
   std::vector<ArrayInfo> arrays;
-  const auto ask = [&](std::uint64_t after) {
-    return connection_->call<wire::Arrays>([&](Builder& b) {
-      const auto packed = pack_text(b, text, is_pattern);
-      return wire::CreateListArrays(b, packed.pattern, after, 0, packed.name);
-    });
+  const auto ask = [&](Builder& b, std::uint64_t after) {
+    const auto packed = pack_text(b, text, is_pattern);
+    return wire::CreateListArrays(b, packed.pattern, after, 0, packed.name);
   };
-  auto ok = all_pages(ask, [&](const wire::Arrays& page) -> Result<void> {
+  auto ok = all_pages<wire::Arrays>(*connection_, ask, [&](const wire::Arrays& page) -> Result<void> {
     if (page.arrays() == nullptr) return {};
     for (const auto* table : *page.arrays()) {
       auto info = detail::info_of(*table);
@@ -319,10 +313,8 @@ Result<std::vector<ArrayInfo>> Client::list(std::string_view text, bool is_patte
 
 Result<std::vector<ClientInfo>> Client::clients() const {
   std::vector<ClientInfo> clients;
-  const auto ask = [&](std::uint64_t after) {
-    return connection_->call<wire::Clients>([&](Builder& b) { return wire::CreateListClients(b, after); });
-  };
-  auto ok = all_pages(ask, [&](const wire::Clients& page) -> Result<void> {
+  const auto ask = [](Builder& b, std::uint64_t after) { return wire::CreateListClients(b, after); };
+  auto ok = all_pages<wire::Clients>(*connection_, ask, [&](const wire::Clients& page) -> Result<void> {
     if (page.clients() == nullptr) return {};
     for (const auto* table : *page.clients()) clients.push_back(detail::info_of(*table));
     return {};
@@ -359,6 +351,15 @@ Result<void> check(const ResultsOptions& options) {
 
 }  // namespace
 
+template <class Build>
+Result<ResultSet> Client::make_set(const Build& build) const {
+  auto set = connection_->call<wire::Results>(
+      build, [&](auto& reply) { return detail::ResultSetImpl::take(connection_, reply); });
+  if (!set) return error_of(std::move(set));
+  connection_->watch_daemon();
+  return ResultSet(*std::move(set));
+}
+
 Result<ResultSet> Client::create_results(NameRef name, const ArraySpec& spec, std::uint64_t slots,
                                          const ResultsOptions& options) const {
   if (auto ok = check(name, spec); !ok) return error_of(std::move(ok));
@@ -366,18 +367,13 @@ Result<ResultSet> Client::create_results(NameRef name, const ArraySpec& spec, st
   if (spec.order != Order::c)
     return fail(Errc::invalid_argument, "a result set has C order, so that the rows of a slot lie together");
   const std::uint64_t token = connection_->next_token();
-  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+  return make_set([&](Builder& b) {
     const auto packed = detail::pack_spec(b, name, spec);
     const auto terms = pack_terms(b, options);
     return wire::CreateMakeResults(b, packed.name, packed.dtype, packed.shape, slots, options.replace,
                                    options.evictable, options.mode, false, options.attempts,
                                    lease_ms(options), options.is_detached, terms.queue, terms.job, token);
   });
-  if (!reply) return error_of(reply);
-  connection_->watch_daemon();
-  auto set = detail::ResultSetImpl::open(connection_, *reply);
-  if (!set) return error_of(std::move(set));
-  return ResultSet(*std::move(set));
 }
 
 Result<ResultSet> Client::create_ragged(NameRef name, std::uint64_t slots,
@@ -385,18 +381,13 @@ Result<ResultSet> Client::create_ragged(NameRef name, std::uint64_t slots,
   if (auto ok = check_name(name); !ok) return error_of(std::move(ok));
   if (auto ok = check(options); !ok) return error_of(std::move(ok));
   const std::uint64_t token = connection_->next_token();
-  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
+  return make_set([&](Builder& b) {
     const auto text = b.CreateString(name.data(), name.size());
     const auto terms = pack_terms(b, options);
     return wire::CreateMakeResults(b, text, 0, 0, slots, options.replace, false, options.mode, true,
                                    options.attempts, lease_ms(options), options.is_detached, terms.queue,
                                    terms.job, token);
   });
-  if (!reply) return error_of(reply);
-  connection_->watch_daemon();
-  auto set = detail::ResultSetImpl::open(connection_, *reply);
-  if (!set) return error_of(std::move(set));
-  return ResultSet(*std::move(set));
 }
 
 namespace {
@@ -405,13 +396,14 @@ namespace {
 template <class Build>
 Result<std::shared_ptr<detail::ResultSetImpl>> open_set(const std::shared_ptr<detail::Connection>& connection,
                                                         Milliseconds wait, const Build& build) {
-  const detail::Patience patience(wait);
+  detail::Patience patience(*connection, wait);
   for (;;) {
-    const std::uint32_t wait_ms = patience.next_ms();
-    const auto reply = connection->call<wire::Results>([&](Builder& b) { return build(b, wait_ms); });
-    if (!reply && reply.error().code == Errc::timed_out && !patience.is_over()) continue;
-    if (!reply) return error_of(reply);
-    return detail::ResultSetImpl::open(connection, *reply);
+    patience.next();
+    auto set = connection->call<wire::Results>(
+        patience, [&](Builder& b) { return build(b, patience.wait_ms()); },
+        [&](auto& reply) { return detail::ResultSetImpl::take(connection, reply); });
+    if (set) return set;
+    if (!patience.may_ask_again(set.error())) return tl::unexpected(patience.last_word(set.error()));
   }
 }
 
@@ -447,13 +439,11 @@ Result<std::vector<ResultsInfo>> Client::list_results_matching(NameRef pattern) 
 
 Result<std::vector<ResultsInfo>> Client::list_results(std::string_view text, bool is_pattern) const {
   std::vector<ResultsInfo> sets;
-  const auto ask = [&](std::uint64_t after) {
-    return connection_->call<wire::Results>([&](Builder& b) {
-      const auto packed = pack_text(b, text, is_pattern);
-      return wire::CreateListResults(b, packed.pattern, after, 0, packed.name);
-    });
+  const auto ask = [&](Builder& b, std::uint64_t after) {
+    const auto packed = pack_text(b, text, is_pattern);
+    return wire::CreateListResults(b, packed.pattern, after, 0, packed.name);
   };
-  auto ok = all_pages(ask, [&](const wire::Results& page) -> Result<void> {
+  auto ok = all_pages<wire::Results>(*connection_, ask, [&](const wire::Results& page) -> Result<void> {
     if (page.sets() == nullptr) return {};
     for (const auto* table : *page.sets()) {
       auto info = detail::info_of(*table);
@@ -467,16 +457,13 @@ Result<std::vector<ResultsInfo>> Client::list_results(std::string_view text, boo
 }
 
 Result<DaemonInfo> Client::ping() const {
-  const auto reply = connection_->call<wire::Pong>([](Builder& b) { return wire::CreatePing(b); });
-  if (!reply) return error_of(reply);
-  return detail::info_of(**reply);
+  return connection_->call<wire::Pong>(
+      [](Builder& b) { return wire::CreatePing(b); },
+      [](auto& reply) { return Result<DaemonInfo>(detail::info_of(*reply)); });
 }
 
 Result<void> Client::shutdown(bool purge) const {
-  const auto reply =
-      connection_->call<wire::Done>([&](Builder& b) { return wire::CreateShutdown(b, purge); });
-  if (!reply) return error_of(reply);
-  return {};
+  return connection_->call_done([&](Builder& b) { return wire::CreateShutdown(b, purge); });
 }
 
 }  // namespace cowmgr

@@ -99,8 +99,9 @@ int wait_for(pid_t pid) noexcept {
 void remove_leftovers(const std::string& instance) noexcept {
   std::error_code ignored;
   const std::string prefix = fmt::format("cowmgr.{}.", instance);
-  for (const auto& entry : fs::directory_iterator("/dev/shm", ignored)) {
-    const std::string file = entry.path().filename();
+  // Not in a range: that throws where the directory cannot be read to its end.
+  for (fs::directory_iterator at("/dev/shm", ignored), end; !ignored && at != end; at.increment(ignored)) {
+    const std::string file = at->path().filename();
     if (file.compare(0, prefix.size(), prefix) == 0) ::shm_unlink(("/" + file).c_str());
   }
 }

@@ -11,8 +11,9 @@ namespace cowmgr::detail {
 // made this".
 [[nodiscard]] std::uint64_t fork_generation() noexcept;
 
-// The one mutex of the library that is held across fork(2), so that a child never finds the library's pools
-// half changed. Held for moments, never during a system call that may block.
+// The one mutex of the library: it is held across fork(2), so that a child finds nothing locked, and the
+// library's pools never half changed. Held for moments, never during a system call that may block. Any other
+// may be another thread's at a fork, and is locked in the child for ever (tests/unit/layering_test.py).
 [[nodiscard]] std::mutex& pool_mutex() noexcept;
 
 // Sockets that a child must not keep open: the daemon would not see its parent's end of the connection.

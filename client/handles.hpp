@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -28,6 +27,20 @@ template <class Info>
   return {mapping.data() + info.data_offset, info.data_bytes};
 }
 
+// Where the data ends in the segment.
+template <class Info>
+[[nodiscard]] std::uint64_t data_end(const Info& info) noexcept {
+  return info.data_offset + info.data_bytes;
+}
+
+// Maps a whole segment of `segment_bytes`, as the daemon says, whose data end at `data_end`. Errors:
+// protocol_error when it cannot have them; as Mapping::map().
+[[nodiscard]] Result<Mapping> map_segment(int fd, std::uint64_t segment_bytes, std::uint64_t data_end,
+                                          Access access);
+
+// The handles below are made while the reply that grants what they hold is in hand: they answer for it from
+// hold() on, which cannot fail, once that was kept.
+
 // Refuses to work on what the parent of this forked process holds.
 [[nodiscard]] Result<void> check_process(std::uint64_t generation);
 
@@ -43,6 +56,7 @@ class ArrayImpl {
   ArrayImpl& operator=(const ArrayImpl&) = delete;
   ~ArrayImpl();
 
+  void hold() noexcept { generation_ = fork_generation(); }
   [[nodiscard]] const ArrayInfo& info() const noexcept { return info_; }
   [[nodiscard]] View view() const noexcept { return view_; }
   // Another mapping of the same array takes the place of this one's.
@@ -52,20 +66,25 @@ class ArrayImpl {
   // Views of the versions with these ids.
   [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(
       const std::shared_ptr<Connection>& connection, const std::vector<std::uint64_t>& ids, View view);
-  // A view for each array of a reply to Attach or SealArray.
-  [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> map_all(
-      const std::shared_ptr<Connection>& connection, const Connection::Reply<wire::Arrays>& reply, View view);
+  // Takes the reply to an Attach: a view of each of the `count` arrays.
+  [[nodiscard]] static Result<std::vector<std::unique_ptr<ArrayImpl>>> take_all(
+      const std::shared_ptr<Connection>& connection, Connection::Reply<wire::Arrays>& reply,
+      std::size_t count, View view);
 
  private:
   std::shared_ptr<Connection> connection_;
   ArrayInfo info_;
   std::shared_ptr<Mapping> mapping_;
   View view_;
-  std::uint64_t generation_ = fork_generation();
+  std::uint64_t generation_ = 0;  // that holds the view
 };
 
 class WriterImpl {
  public:
+  // Takes the reply to a MakeArray.
+  [[nodiscard]] static Result<std::unique_ptr<WriterImpl>> take(const std::shared_ptr<Connection>& connection,
+                                                                Connection::Reply<wire::Created>& reply,
+                                                                const WritingRequest& request);
   WriterImpl(std::shared_ptr<Connection> connection, ArrayInfo info, Mapping mapping, UniqueFd reader,
              bool wants_checksum)
       : connection_(std::move(connection)),
@@ -77,18 +96,22 @@ class WriterImpl {
   WriterImpl& operator=(const WriterImpl&) = delete;
   ~WriterImpl();
 
+  void hold() noexcept { is_held_ = true; }
   [[nodiscard]] const ArrayInfo& info() const noexcept { return info_; }
   [[nodiscard]] std::span<std::byte> data() const noexcept { return data_of(mapping_, info_); }
   [[nodiscard]] Result<std::unique_ptr<ArrayImpl>> seal();
 
  private:
+  [[nodiscard]] Result<std::unique_ptr<ArrayImpl>> take_sealed(Connection::Reply<wire::Arrays>& reply);
+  [[nodiscard]] Result<std::unique_ptr<ArrayImpl>> find_sealed();
+
   std::shared_ptr<Connection> connection_;
   ArrayInfo info_;
   Mapping mapping_;
   UniqueFd reader_;  // O_RDONLY, for the mapping that takes the place of the writable one
   bool wants_checksum_;
   bool is_read_only_ = false;
-  bool is_sealed_ = false;
+  bool is_held_ = false;  // until it is sealed
   std::uint64_t generation_ = fork_generation();
 };
 
@@ -99,9 +122,9 @@ using Slots = std::vector<std::unique_ptr<SlotImpl>>;
 // share.
 class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
  public:
-  // From the reply to MakeResults or OpenResults.
-  [[nodiscard]] static Result<std::shared_ptr<ResultSetImpl>> open(
-      std::shared_ptr<Connection> connection, const Connection::Reply<wire::Results>& reply);
+  // Takes the reply to MakeResults or OpenResults.
+  [[nodiscard]] static Result<std::shared_ptr<ResultSetImpl>> take(std::shared_ptr<Connection> connection,
+                                                                   Connection::Reply<wire::Results>& reply);
   ResultSetImpl(std::shared_ptr<Connection> connection, ResultsInfo info, Mapping memory, ResultSegment table)
       : connection_(std::move(connection)),
         info_(std::move(info)),
@@ -114,10 +137,13 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
   struct Wait {
     std::uint64_t seen = 0;              // revision
     std::uint64_t settled = UINT64_MAX;  // answered when more slots are settled
-    std::uint32_t wait_ms = 0;
-    std::uint32_t pace_ms = 0;  // no answer before, unless the set has ended
+    std::uint32_t pace_ms = 0;           // no answer before, unless the set has ended
   };
-  [[nodiscard]] Result<ResultsInfo> ask(const Wait& wait) const;
+  [[nodiscard]] Patience patience(Milliseconds wait) const { return {*connection_, wait}; }
+  // The set now.
+  [[nodiscard]] Result<ResultsInfo> ask() const;
+  // The set when it is as `wait` says, or as much later as one request of `patience` may be answered.
+  [[nodiscard]] Result<ResultsInfo> ask(Patience& patience, const Wait& wait) const;
   [[nodiscard]] Result<void> cancel(bool forget) const;
   [[nodiscard]] Result<std::vector<std::unique_ptr<ArrayImpl>>> attach(
       const std::vector<std::uint64_t>& ids) const {
@@ -141,7 +167,7 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
     std::vector<Refusal> refused;
   };
   // Commits `done`, whose values fit a frame, and leases `next` slots, or none for 0. The slots are spent.
-  [[nodiscard]] Result<Committed> commit(Slots& done, const Batch& next);
+  [[nodiscard]] Result<Committed> commit(Slots& done, const Batch& next, Milliseconds wait = kForever);
   [[nodiscard]] Result<void> fail(SlotImpl& slot, std::string_view message, Retry retry);
   void give_back(SlotImpl& slot) noexcept;
   // The slot is not leased to this process any more.
@@ -151,17 +177,17 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
  private:
   using LeaseReply = Connection::Reply<wire::Leased>;
   [[nodiscard]] Result<Slots> take_slots(LeaseReply& reply, std::shared_ptr<Mapping> mapping);
-  [[nodiscard]] Result<std::shared_ptr<Mapping>> mapping_for(const LeaseReply& reply);
+  [[nodiscard]] Result<std::shared_ptr<Mapping>> mapping_for(LeaseReply& reply);
+  [[nodiscard]] Result<Committed> take_committed(LeaseReply& reply, const Slots& done,
+                                                 std::shared_ptr<Mapping>& mapping);
   [[nodiscard]] bool is_mapped();
+  void tell_unmapped(bool kept_mapping);
 
   std::shared_ptr<Connection> connection_;
   ResultsInfo info_;
   Mapping memory_;  // of the set's own segment
   ResultSegment table_;
-  // Held while a slot ends, its request included: the daemon must hear of the ends in the order in which the
-  // slots let go of the mapping, or "nobody here has it mapped any more" may come too early.
-  std::mutex ending_;
-  std::mutex mapping_mutex_;
+  // Guarded by pool_mutex().
   std::weak_ptr<Mapping> mapping_;
   std::uint64_t generation_ = fork_generation();
 };
@@ -174,6 +200,7 @@ class SlotImpl {
   SlotImpl& operator=(const SlotImpl&) = delete;
   ~SlotImpl();
 
+  void hold() noexcept { is_spent_ = false; }
   [[nodiscard]] std::uint64_t index() const noexcept { return index_; }
   [[nodiscard]] std::uint32_t attempt() const noexcept { return attempt_; }
   [[nodiscard]] Rows rows() const noexcept;
@@ -194,6 +221,7 @@ class SlotImpl {
     Mapping mapping;
     UniqueFd reader;  // O_RDONLY, for the mapping that takes the place of the writable one
   };
+  [[nodiscard]] Result<void> take_allocation(Connection::Reply<wire::Created>& reply, const ArraySpec& spec);
   [[nodiscard]] Result<void> make_read_only();
   void let_go() noexcept;
   void spend() noexcept;
@@ -201,7 +229,7 @@ class SlotImpl {
   std::shared_ptr<ResultSetImpl> set_;
   std::uint64_t index_;
   std::uint32_t attempt_;
-  bool is_spent_ = false;
+  bool is_spent_ = true;              // or not held yet
   std::shared_ptr<Mapping> mapping_;  // of a dense set
   std::optional<Allocation> allocation_;
   std::vector<std::byte> value_;

@@ -13,14 +13,10 @@
 #include <unordered_map>
 #include <utility>
 
+#include "client/channel.hpp"
 #include "cowmgr/client.hpp"
-#include "proto/frames.hpp"
 
 namespace cowmgr::detail {
-
-using Builder = flatbuffers::FlatBufferBuilder;
-template <class T>
-using Offset = flatbuffers::Offset<T>;
 
 // Name, dtype and shape of a request.
 struct WireSpec {

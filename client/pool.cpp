@@ -96,6 +96,7 @@ class JobImpl {
   // Ends what runs, and forgets what has ended: its slots' memory goes.
   ~JobImpl() {
     if (generation_ != fork_generation()) return;
+    const Parting parting;
     (void)results_.forget();
     if (!results_.is_ragged()) release_output();
   }
@@ -123,7 +124,8 @@ class JobImpl {
     for (;;) {
       const auto left = wait - std::chrono::floor<Milliseconds>(Clock::now() - start);
       const bool is_last = left <= kLook;
-      auto answer = ask(std::clamp(left, Milliseconds(0), kLook));
+      // Who has time left never asks for 0: that is no wait, and takes as long as the daemon does.
+      auto answer = ask(std::clamp(left, std::min(wait, Milliseconds(1)), kLook));
       if (answer || is_last) return answer;
       if (answer.error().code == Errc::still_writable) {
         refused = refused.value_or(Clock::now());
@@ -225,8 +227,8 @@ Error JobHandle::explained(Error error) const {
 std::vector<SlotInfo> JobHandle::failures() const {
   std::vector<SlotInfo> failed;
   for (std::uint64_t index = 0; index < size(); ++index) {
-    if (auto slot = impl_->results().slot(index); slot.state == SlotState::failed)
-      failed.push_back(std::move(slot));
+    if (auto slot = impl_->results().slot(index); slot && slot->state == SlotState::failed)
+      failed.push_back(*std::move(slot));
   }
   return failed;
 }
@@ -239,7 +241,8 @@ Result<void> JobHandle::cancel() const {
 
 Result<std::span<const std::byte>> result_bytes(const ResultSet& set, std::uint64_t index,
                                                 std::optional<Array>& array) {
-  if (set.slot(index).content != SlotContent::array) return set.value(index);
+  const auto slot = set.slot(index);
+  if (!slot || slot->content != SlotContent::array) return set.value(index);
   auto attached = set.array(index);
   if (!attached) return error_of(std::move(attached));
   array = *std::move(attached);

@@ -12,54 +12,84 @@
 
 namespace cowmgr {
 namespace detail {
+namespace {
+
+// The segment of a set's slots, whose first page says how large it may become.
+Result<Mapping> map_table(int fd, const ResultsInfo& info) {
+  const auto head = Mapping::map(fd, kPageBytes, Access::read_only);
+  if (!head) return error_of(head);
+  if (const auto ok = ResultSegment::open(head->data(), info.id); !ok) return error_of(ok);
+  const auto& header = *reinterpret_cast<const ResultHeader*>(head->data());
+  if (header.slots != info.slots || header.max_bytes < kSlotsOffset)
+    return cowmgr::fail(Errc::protocol_error,
+                        "the segment of a result set is not what the daemon says of it");
+  return Mapping::map(fd, header.max_bytes, Access::read_only);
+}
+
+Result<ResultsInfo> take_info(const Connection::Reply<wire::Results>& reply) {
+  if (reply->sets() == nullptr || reply->sets()->size() != 1)
+    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to a wait is malformed");
+  return info_of(*reply->sets()->Get(0));
+}
+
+}  // namespace
+
 // ---- ResultSetImpl ----
 
-Result<std::shared_ptr<ResultSetImpl>> ResultSetImpl::open(std::shared_ptr<Connection> connection,
-                                                           const Connection::Reply<wire::Results>& reply) {
+Result<std::shared_ptr<ResultSetImpl>> ResultSetImpl::take(std::shared_ptr<Connection> connection,
+                                                           Connection::Reply<wire::Results>& reply) {
   if (reply->sets() == nullptr || reply->sets()->size() != 1 || reply.fds().size() != 1)
     return cowmgr::fail(Errc::protocol_error, "the daemon's description of a result set is malformed");
   auto info = info_of(*reply->sets()->Get(0));
   if (!info) return error_of(std::move(info));
-  const int fd = reply.fds().front().get();
-  const auto head = Mapping::map(fd, kPageBytes, Access::read_only);
-  if (!head) return error_of(head);
-  if (const auto ok = ResultSegment::open(head->data(), info->id); !ok) return error_of(ok);
-  auto memory =
-      Mapping::map(fd, reinterpret_cast<const ResultHeader*>(head->data())->max_bytes, Access::read_only);
+  auto memory = map_table(reply.fds().front().get(), *info);
   if (!memory) return error_of(std::move(memory));
   const auto table = ResultSegment::open(memory->data(), info->id);
   if (!table) return error_of(table);
-  return std::make_shared<ResultSetImpl>(std::move(connection), *std::move(info), *std::move(memory), *table);
+  auto set =
+      std::make_shared<ResultSetImpl>(std::move(connection), *std::move(info), *std::move(memory), *table);
+  reply.keep();
+  return set;
 }
 
-Result<ResultsInfo> ResultSetImpl::ask(const Wait& wait) const {
-  const auto reply = connection_->call<wire::Results>([&](Builder& b) {
-    return wire::CreateWaitResults(b, info_.id, wait.seen, wait.settled, wait.wait_ms, wait.pace_ms);
-  });
-  if (!reply) return error_of(reply);
-  if ((*reply)->sets() == nullptr || (*reply)->sets()->size() != 1)
-    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to a wait is malformed");
-  return info_of(*(*reply)->sets()->Get(0));
+Result<ResultsInfo> ResultSetImpl::ask() const {
+  return connection_->call<wire::Results>([&](Builder& b) { return wire::CreateWaitResults(b, info_.id); },
+                                          take_info);
+}
+
+Result<ResultsInfo> ResultSetImpl::ask(Patience& patience, const Wait& wait) const {
+  patience.next();
+  return connection_->call<wire::Results>(
+      patience,
+      [&](Builder& b) {
+        return wire::CreateWaitResults(b, info_.id, wait.seen, wait.settled, patience.wait_ms(),
+                                       std::min(wait.pace_ms, patience.wait_ms()));
+      },
+      take_info);
 }
 
 Result<void> ResultSetImpl::cancel(bool forget) const {
-  const auto reply = connection_->call<wire::Done>(
-      [&](Builder& b) { return wire::CreateCancelResults(b, info_.id, forget); });
-  if (!reply) return error_of(reply);
-  return {};
+  return connection_->call_done([&](Builder& b) { return wire::CreateCancelResults(b, info_.id, forget); });
 }
 
 Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milliseconds wait) {
-  const Patience patience(wait);
+  Patience patience(*connection_, wait);
   for (;;) {
-    const std::uint32_t wait_ms = patience.next_ms();
-    auto reply = connection_->call<wire::Leased>([&](Builder& b) {
-      return wire::CreateLeaseSlots(b, info_.id, index, std::min(batch.count, kMaxBatch), batch.is_shared,
-                                    wait_ms, false);
-    });
-    if (!reply) return error_of(reply);
-    if ((*reply)->slots() != nullptr && (*reply)->slots()->size() > 0) return take_slots(*reply, nullptr);
-    if ((*reply)->complete()) return Slots();
+    patience.next();
+    bool is_complete = false;
+    auto slots = connection_->call<wire::Leased>(
+        patience,
+        [&](Builder& b) {
+          return wire::CreateLeaseSlots(b, info_.id, index, std::min(batch.count, kMaxBatch), batch.is_shared,
+                                        patience.wait_ms(), false);
+        },
+        [&](LeaseReply& reply) {
+          is_complete = reply->complete();
+          return take_slots(reply, nullptr);
+        });
+    if (!slots) return slots;
+    if (!slots->empty()) connection_->watch_daemon();
+    if (!slots->empty() || is_complete || index >= 0) return slots;
     if (patience.is_over()) {
       return cowmgr::fail(
           Errc::timed_out,
@@ -69,52 +99,56 @@ Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milli
   }
 }
 
-// Leases that cannot be used must be told back, or nobody else would get the slots.
+// Of a dense set, `mapping` is this process's, or null for the one that the reply brings.
 Result<Slots> ResultSetImpl::take_slots(LeaseReply& reply, std::shared_ptr<Mapping> mapping) {
+  Slots slots;
+  if (reply->slots() == nullptr || reply->slots()->size() == 0) return slots;
   if (!mapping && !info_.is_ragged) {
     auto mapped = mapping_for(reply);
-    if (!mapped) {
-      std::vector<std::uint64_t> slots;
-      std::vector<std::uint32_t>
-          attempts;  // another thread may have a later one when a daemon has died meanwhile
-      for (const auto* lease : *reply->slots()) {
-        slots.push_back(lease->slot());
-        attempts.push_back(lease->attempt());
-      }
-      reply.let_go();
-      (void)connection_->call<wire::Done>(
-          [&](Builder& b) { return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, false, &attempts); });
-      return error_of(std::move(mapped));
-    }
+    if (!mapped) return error_of(std::move(mapped));
     mapping = *std::move(mapped);
   }
-  const std::vector<const wire::SlotLease*> leases(reply->slots()->begin(), reply->slots()->end());
-  connection_->add_slots(info_.id, leases);
-  connection_->watch_daemon();
-  Slots slots;
-  slots.reserve(leases.size());
-  for (const auto* lease : leases)
+  for (const auto* lease : *reply->slots()) {
+    if (lease->slot() >= info_.slots)
+      return cowmgr::fail(Errc::protocol_error, "the daemon leased a slot that the set does not have");
     slots.push_back(std::make_unique<SlotImpl>(shared_from_this(), *lease, mapping));
+  }
+  reply.keep();
+  for (const auto& slot : slots) slot->hold();
   return slots;
 }
 
-Result<std::shared_ptr<Mapping>> ResultSetImpl::mapping_for(const LeaseReply& reply) {
-  const std::lock_guard lock(mapping_mutex_);
-  // The parent's mapping does not exist in a child (MADV_DONTFORK), though a copy of its slots does.
-  if (std::exchange(generation_, fork_generation()) != fork_generation()) mapping_.reset();
-  if (auto mapping = mapping_.lock()) return mapping;
+Result<std::shared_ptr<Mapping>> ResultSetImpl::mapping_for(LeaseReply& reply) {
+  {
+    const std::lock_guard lock(pool_mutex());
+    // The parent's mapping does not exist in a child (MADV_DONTFORK), though a copy of its slots does.
+    if (std::exchange(generation_, fork_generation()) != fork_generation()) mapping_.reset();
+    if (auto mapping = mapping_.lock()) return mapping;
+  }
   if (reply.fds().size() != 1)
     return cowmgr::fail(Errc::protocol_error, "the daemon leased a slot without its memory");
-  auto mapped = Mapping::map(reply.fds().front().get(), reply->segment_bytes(), Access::read_write);
+  auto mapped =
+      map_segment(reply.fds().front().get(), reply->segment_bytes(), data_end(info_), Access::read_write);
   if (!mapped) return error_of(std::move(mapped));
   auto mapping = std::make_shared<Mapping>(*std::move(mapped));
+  const std::lock_guard lock(pool_mutex());
+  if (auto others = mapping_.lock()) return others;  // another thread was faster
   mapping_ = mapping;
   return mapping;
 }
 
 bool ResultSetImpl::is_mapped() {
-  const std::lock_guard lock(mapping_mutex_);
+  const std::lock_guard lock(pool_mutex());
   return !mapping_.expired();
+}
+
+// Once every slot has ended, the daemon seals the set as soon as nobody has it mapped. Of several threads
+// that end their slots at once, each may say that another still has it, and the one who has not may be heard
+// before them. So whoever has `kept_mapping`, or said so, looks again when the daemon has heard it: nobody is
+// heard later than the last of them. While the process holds a slot, the daemon knows better.
+void ResultSetImpl::tell_unmapped(bool kept_mapping) {
+  if (kept_mapping && !is_mapped())
+    connection_->notify([&](Builder& b) { return wire::CreateUnmapped(b, info_.id); });
 }
 
 namespace {
@@ -136,7 +170,7 @@ bool is_lost(Errc code) {
 
 }  // namespace
 
-Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch& next) {
+Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch& next, Milliseconds wait) {
   std::vector<std::uint64_t> slots;
   std::vector<std::uint32_t> attempts;
   std::vector<std::uint32_t> sizes;
@@ -150,54 +184,63 @@ Result<ResultSetImpl::Committed> ResultSetImpl::commit(Slots& done, const Batch&
     const auto* bytes = reinterpret_cast<const std::uint8_t*>(slot->value_.data());
     values.insert(values.end(), bytes, bytes + slot->value_.size());
   }
-  const std::lock_guard lock(ending_);
   std::shared_ptr<Mapping> mapping = done.empty() ? nullptr : done.front()->mapping_;
   for (const auto& slot : done) slot->mapping_.reset();
   if (next.count == 0) mapping.reset();
   const bool keeps_mapping = !info_.is_ragged && (next.count > 0 ? mapping != nullptr : is_mapped());
-  auto reply = connection_->call<wire::Leased>([&](Builder& b) {
-    return wire::CreateCommitSlotsDirect(b, info_.id, &slots, values.empty() ? nullptr : &values,
-                                         sizes.empty() ? nullptr : &sizes, std::min(next.count, kMaxBatch),
-                                         next.is_shared, keeps_mapping, &attempts);
-  });
-  // What was not taken, and is still held, may be committed again; it is given back when its handle goes.
-  Committed committed;
-  if (reply) {
-    committed.refused = refusals_of(**reply);
-    for (const auto& slot : done) {
-      const auto refusal = std::find_if(committed.refused.begin(), committed.refused.end(),
-                                        [&](const auto& one) { return one.slot == slot->index(); });
-      if (refusal == committed.refused.end() || is_lost(refusal->error.code)) slot->spend();
+  bool is_under_way = false;
+  const Limit limit = wait == kForever ? connection_->limit() : limit_of_wait(wait);
+  auto committed = connection_->call<wire::Leased>(
+      limit,
+      [&](Builder& b) {
+        is_under_way = true;
+        return wire::CreateCommitSlotsDirect(
+            b, info_.id, &slots, values.empty() ? nullptr : &values, sizes.empty() ? nullptr : &sizes,
+            std::min(next.count, kMaxBatch), next.is_shared, keeps_mapping, &attempts);
+      },
+      [&](LeaseReply& reply) { return take_committed(reply, done, mapping); });
+  if (!committed && committed.error().code == Errc::timed_out) {
+    // It may be carried out yet: what it says of the slots must not be contradicted.
+    if (is_under_way) {
+      for (const auto& slot : done) slot->spend();
     }
-  }
-  if (reply && (*reply)->slots() != nullptr && (*reply)->slots()->size() > 0) {
-    auto taken = take_slots(*reply, std::move(mapping));
-    if (!taken) return error_of(std::move(taken));
-    committed.next = *std::move(taken);
-    return committed;
-  }
-  if (reply) reply->let_go();
-  if (mapping) {
+  } else if (committed && !committed->next.empty()) {
+    connection_->watch_daemon();
+  } else {
     mapping.reset();
-    if (!is_mapped()) connection_->notify([&](Builder& b) { return wire::CreateUnmapped(b, info_.id); });
+    tell_unmapped(keeps_mapping);
   }
-  if (!reply) return error_of(reply);
+  return committed;
+}
+
+// What was not taken, and is still held, may be committed again; it is given back when its handle goes.
+Result<ResultSetImpl::Committed> ResultSetImpl::take_committed(LeaseReply& reply, const Slots& done,
+                                                               std::shared_ptr<Mapping>& mapping) {
+  Committed committed;
+  committed.refused = refusals_of(*reply);
+  for (const auto& slot : done) {
+    const auto refusal = std::find_if(committed.refused.begin(), committed.refused.end(),
+                                      [&](const auto& one) { return one.slot == slot->index(); });
+    if (refusal == committed.refused.end() || is_lost(refusal->error.code)) slot->spend();
+  }
+  auto taken = take_slots(reply, std::move(mapping));
+  if (!taken) return error_of(std::move(taken));
+  committed.next = *std::move(taken);
   return committed;
 }
 
 Result<void> ResultSetImpl::fail(SlotImpl& slot, std::string_view message, Retry retry) {
   if (auto ok = slot.check_usable(); !ok) return ok;
-  const std::lock_guard lock(ending_);
   slot.let_go();
   const bool keeps_mapping = is_mapped();
-  const auto reply = connection_->call<wire::Done>([&](Builder& b) {
+  auto failed = connection_->call_done([&](Builder& b) {
     return wire::CreateFailSlot(b, info_.id, slot.index(),
                                 b.CreateString(message.data(), std::min(message.size(), kMaxReasonBytes)),
                                 keeps_mapping, slot.attempt(), retry == Retry::never);
   });
   slot.spend();
-  if (!reply) return error_of(reply);
-  return {};
+  if (failed || failed.error().code != Errc::timed_out) tell_unmapped(keeps_mapping);
+  return failed;
 }
 
 void ResultSetImpl::forget(std::uint64_t slot) const noexcept {
@@ -205,14 +248,16 @@ void ResultSetImpl::forget(std::uint64_t slot) const noexcept {
 }
 
 void ResultSetImpl::give_back(SlotImpl& slot) noexcept {
-  const std::lock_guard lock(ending_);
   slot.spend();
-  const bool keeps_mapping = is_mapped();
-  const std::vector<std::uint64_t> slots = {slot.index()};
-  const std::vector<std::uint32_t> attempts = {slot.attempt()};
-  (void)connection_->call<wire::Done>([&](Builder& b) {
-    return wire::CreateGiveBackSlotsDirect(b, info_.id, &slots, keeps_mapping, &attempts);
-  });
+  try {
+    const bool keeps_mapping = is_mapped();
+    Grants lease{.set = info_.id,
+                 .slots = {slot.index()},
+                 .attempts = {slot.attempt()},
+                 .keeps_mapping = keeps_mapping};
+    if (connection_->give_back(std::move(lease))) tell_unmapped(keeps_mapping);
+  } catch (const std::bad_alloc&) {  // it goes with the session
+  }
 }
 
 Result<void> ResultSetImpl::allocate(SlotImpl& slot, const ArraySpec& spec) {
@@ -221,20 +266,12 @@ Result<void> ResultSetImpl::allocate(SlotImpl& slot, const ArraySpec& spec) {
     return cowmgr::fail(Errc::invalid_argument,
                         "the slots of a dense set are rows of its array: write there");
   slot.allocation_.reset();
-  auto reply = connection_->call<wire::Created>([&](Builder& b) {
-    return wire::CreateAllocateSlotDirect(b, info_.id, slot.index(), spec.dtype.str().c_str(), &spec.shape,
-                                          order_of(spec.order), slot.attempt());
-  });
-  if (!reply) return error_of(reply);
-  if ((*reply)->array() == nullptr || reply->fds().size() != 2)
-    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to an allocation is malformed");
-  auto info = info_of(*(*reply)->array());
-  if (!info) return error_of(std::move(info));
-  auto mapped = Mapping::map(reply->fds()[0].get(), info->segment_bytes, Access::read_write);
-  if (!mapped) return error_of(std::move(mapped));  // the daemon drops the array with the slot
-  slot.allocation_.emplace(
-      SlotImpl::Allocation{*std::move(info), *std::move(mapped), std::move(reply->fds()[1])});
-  return {};
+  return connection_->call<wire::Created>(
+      [&](Builder& b) {
+        return wire::CreateAllocateSlotDirect(b, info_.id, slot.index(), spec.dtype.str().c_str(),
+                                              &spec.shape, order_of(spec.order), slot.attempt());
+      },
+      [&](auto& reply) { return slot.take_allocation(reply, spec); });
 }
 
 // ---- SlotImpl ----
@@ -242,6 +279,20 @@ Result<void> ResultSetImpl::allocate(SlotImpl& slot, const ArraySpec& spec) {
 SlotImpl::SlotImpl(std::shared_ptr<ResultSetImpl> set, const wire::SlotLease& lease,
                    std::shared_ptr<Mapping> mapping)
     : set_(std::move(set)), index_(lease.slot()), attempt_(lease.attempt()), mapping_(std::move(mapping)) {}
+
+Result<void> SlotImpl::take_allocation(Connection::Reply<wire::Created>& reply, const ArraySpec& spec) {
+  if (reply->array() == nullptr || reply.fds().size() != 2)
+    return cowmgr::fail(Errc::protocol_error, "the daemon's answer to an allocation is malformed");
+  auto info = info_of(*reply->array());
+  if (!info) return error_of(std::move(info));
+  if (info->data_bytes != data_bytes(spec).value_or(0))
+    return cowmgr::fail(Errc::protocol_error, "the daemon made another array than was asked for");
+  auto mapped = map_segment(reply.fds()[0].get(), info->segment_bytes, data_end(*info), Access::read_write);
+  if (!mapped) return error_of(std::move(mapped));
+  reply.keep();
+  allocation_.emplace(Allocation{*std::move(info), *std::move(mapped), std::move(reply.fds()[1])});
+  return {};
+}
 
 SlotImpl::~SlotImpl() {
   if (is_spent_) return;
@@ -363,12 +414,12 @@ namespace {
 
 // Commits one slot by itself, which stays behind its handle.
 Result<detail::ResultSetImpl::Committed> commit_one(std::unique_ptr<detail::SlotImpl>& slot,
-                                                    std::uint32_t next) {
+                                                    std::uint32_t next, Milliseconds wait = kForever) {
   if (auto ok = slot->check_usable(); !ok) return error_of(std::move(ok));
   const auto set = slot->set();
   detail::Slots done;
   done.push_back(std::move(slot));
-  auto committed = set->commit(done, {.count = next});
+  auto committed = set->commit(done, {.count = next}, wait);
   slot = std::move(done.front());
   if (committed && !committed->refused.empty()) return tl::unexpected(committed->refused.front().error);
   return committed;
@@ -383,7 +434,7 @@ Result<void> Slot::commit() {
 }
 
 Result<std::optional<Slot>> Slot::commit_and_lease(Milliseconds wait) {
-  auto committed = commit_one(impl_, 1);
+  auto committed = commit_one(impl_, 1, wait);
   if (!committed) return error_of(std::move(committed));
   if (!committed->next.empty()) return Slot(std::move(committed->next.front()));
   auto next = impl_->set()->lease(-1, {}, wait);
@@ -431,13 +482,11 @@ Result<std::vector<Slot>> ResultSet::lease_batch(std::uint32_t count, Millisecon
 }
 
 Result<Slot> ResultSet::lease_slot(std::uint64_t index) {
-  if (index >= slots()) {
-    return fail(Errc::not_found,
-                fmt::format("there is no slot {}; result set {} has {}", index, printable(name()), slots()));
-  }
+  if (auto ok = check_index(index); !ok) return error_of(std::move(ok));
   auto taken = impl_->lease(static_cast<std::int64_t>(index), {}, Milliseconds{0});
   if (!taken) return error_of(std::move(taken));
-  COWMGR_ASSERT(!taken->empty());  // a slot that was asked for by its index is leased or refused
+  if (taken->empty())
+    return fail(Errc::protocol_error, "the daemon neither leases nor refuses a slot that was asked for");
   return Slot(std::move(taken->front()));
 }
 
@@ -549,19 +598,16 @@ Error unfinished(const ResultsInfo& info) {
 }  // namespace
 
 Result<ResultsInfo> ResultSet::info() const {
-  return impl_->ask({});
+  return impl_->ask();
 }
 
 Result<void> ResultSet::wait_settled(Milliseconds wait, const OnProgress& progress) {
-  const detail::Patience patience(wait);
+  auto patience = impl_->patience(wait);
   std::uint64_t seen = 0;
   for (;;) {
-    const std::uint32_t wait_ms = patience.next_ms();
-    const auto info = impl_->ask({.seen = seen,
-                                  .wait_ms = wait_ms,
-                                  .pace_ms = progress && seen > 0 ? kPaceMs
-                                             : progress           ? 0
-                                                                  : wait_ms});
+    // Who is not told of the progress is answered at the end.
+    const std::uint32_t pace_ms = !progress ? UINT32_MAX : seen > 0 ? kPaceMs : 0;
+    const auto info = impl_->ask(patience, {.seen = seen, .pace_ms = pace_ms});
     if (!info) return error_of(info);
     if (progress && info->revision != seen) progress(*info);
     seen = info->revision;
@@ -589,10 +635,10 @@ Result<Array> ResultSet::wait(Milliseconds wait, const OnProgress& progress) {
 }
 
 Result<std::optional<std::uint64_t>> ResultSet::settled_at(std::uint64_t rank, Milliseconds wait) const {
-  const detail::Patience patience(wait);
+  auto patience = impl_->patience(wait);
   while (impl_->table().settled() <= rank) {
     const bool is_last = patience.is_over();
-    const auto info = impl_->ask({.settled = rank, .wait_ms = patience.next_ms()});
+    const auto info = impl_->ask(patience, {.settled = rank});
     if (!info) return error_of(info);
     if (impl_->table().settled() > rank) break;
     if (info->state != ResultsState::running && info->state != ResultsState::sealing)
@@ -611,16 +657,16 @@ bool is_settled(const SlotInfo& slot) {
 }  // namespace
 
 Result<SlotInfo> ResultSet::wait_slot(std::uint64_t index, Milliseconds wait) const {
-  const detail::Patience patience(wait);
+  auto patience = impl_->patience(wait);
   for (;;) {
     const std::uint64_t settled = impl_->table().settled();
-    SlotInfo now = slot(index);
-    if (is_settled(now)) return now;
+    auto now = slot(index);
+    if (!now || is_settled(*now)) return now;
     const bool is_last = patience.is_over();
-    const auto info = impl_->ask({.settled = settled, .wait_ms = patience.next_ms()});
+    const auto info = impl_->ask(patience, {.settled = settled});
     if (!info) return error_of(info);
     now = slot(index);
-    if (is_settled(now)) return now;
+    if (!now || is_settled(*now)) return now;
     if (info->state == ResultsState::cancelled)
       return fail(Errc::cancelled, fmt::format("result set {} was cancelled", printable(name())));
     if (is_last) return tl::unexpected(unfinished(*info));
@@ -657,12 +703,19 @@ Error holds_no(std::string_view what, const SlotInfo& slot) {
 
 }  // namespace
 
-SlotInfo ResultSet::slot(std::uint64_t index) const {
-  COWMGR_ASSERT(index < slots());
+Result<void> ResultSet::check_index(std::uint64_t index) const {
+  if (index < slots()) return {};
+  return fail(Errc::not_found,
+              fmt::format("there is no slot {}; result set {} has {}", index, printable(name()), slots()));
+}
+
+Result<SlotInfo> ResultSet::slot(std::uint64_t index) const {
+  if (auto ok = check_index(index); !ok) return error_of(std::move(ok));
   return slot_info(impl_->table(), index, impl_->table().slot(index));
 }
 
 Result<std::span<const std::byte>> ResultSet::value(std::uint64_t index) const {
+  if (auto ok = check_index(index); !ok) return error_of(std::move(ok));
   const auto& table = impl_->table();
   const SlotSnapshot held = table.slot(index);
   if (held.content != SlotContent::value)
@@ -682,9 +735,10 @@ Result<std::vector<Array>> ResultSet::arrays(std::span<const std::uint64_t> inde
   for (std::size_t first = 0; first < indexes.size(); first += kMaxFrameFds) {
     std::vector<std::uint64_t> ids;
     for (const std::uint64_t index : indexes.subspan(first, std::min(kMaxFrameFds, indexes.size() - first))) {
-      const SlotInfo held = slot(index);
-      if (held.content != SlotContent::array) return tl::unexpected(holds_no("array", held));
-      ids.push_back(held.array_id);
+      const auto held = slot(index);
+      if (!held) return error_of(held);
+      if (held->content != SlotContent::array) return tl::unexpected(holds_no("array", *held));
+      ids.push_back(held->array_id);
     }
     auto arrays = impl_->attach(ids);
     if (!arrays) return error_of(std::move(arrays));

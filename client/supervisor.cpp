@@ -18,6 +18,7 @@
 #include <utility>
 
 #include <boost/interprocess/anonymous_shared_memory.hpp>
+#include <boost/interprocess/exceptions.hpp>
 #include <fmt/format.h>
 
 #include "client/deadlock.hpp"
@@ -76,6 +77,16 @@ bool is_ending(pid_t pid) {
   std::array<char, 1> target{};
   return ::readlink(fmt::format("/proc/{}/exe", pid).c_str(), target.data(), target.size()) < 0 &&
          errno == ENOENT;
+}
+
+Result<boost::interprocess::mapped_region> make_board(std::uint32_t workers) {
+  try {
+    return boost::interprocess::anonymous_shared_memory(sizeof(Board) +
+                                                        workers * sizeof(std::atomic<std::int32_t>));
+  } catch (const boost::interprocess::interprocess_exception& error) {
+    return tl::unexpected(
+        os_error("mmap", fmt::format("the board of {} workers", workers), error.get_native_error()));
+  }
 }
 
 UniqueFd pidfd_of(pid_t pid) {
@@ -319,9 +330,9 @@ Result<Supervisor> Supervisor::start(std::uint32_t workers, const WorkerPlan& pl
   UniqueFd its_end(ends[1]);
   UniqueFd program = pidfd_of(::getpid());
   if (!program) return tl::unexpected(os_error("pidfd_open", "this process", errno));
-  Supervisor supervisor(boost::interprocess::anonymous_shared_memory(
-                            sizeof(Board) + workers * sizeof(std::atomic<std::int32_t>)),
-                        workers, plan);
+  auto board = make_board(workers);
+  if (!board) return error_of(std::move(board));
+  Supervisor supervisor(*std::move(board), workers, plan);
   supervisor.pid_ = ::fork();
   if (supervisor.pid_ == 0) {
     ours.reset();

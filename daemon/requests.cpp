@@ -62,6 +62,10 @@ Answer seal_array(Call& call, const wire::SealArray& table) {
 }
 
 Answer abort_array(Call& call, const wire::AbortArray& table) {
+  if (call.core.results.abort_allocated(call.session->id(), table.id())) {
+    co_await call.core.settle_and_reclaim();
+    co_return done(call);
+  }
   const ArrayRecord* record = call.core.store.find(table.id());
   if (record == nullptr || record->writer != call.session->id()) {
     co_return fail(Errc::not_holder, "this session is not writing such an array");

@@ -312,6 +312,18 @@ Listing<ResultSetRecord> ResultSets::list(SessionId session, const NameFilter& f
   return listing_of<ResultSetRecord>(sets_, after, limit, filter, may_read);
 }
 
+bool ResultSets::abort_allocated(SessionId session, ArrayId array) {
+  for (auto& [id, set] : sets_) {
+    for (const auto& [slot, allocated] : set.allocated) {
+      if (allocated != array) continue;
+      if (!set.table.check_holder(session, slot, 0)) return false;
+      drop_allocated(id, slot, array);
+      return true;
+    }
+  }
+  return false;
+}
+
 bool ResultSets::contains(ArrayId array) const {
   if (sets_.find(array) != sets_.end()) return true;
   return std::any_of(sets_.begin(), sets_.end(), [&](const auto& entry) {

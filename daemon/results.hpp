@@ -148,6 +148,8 @@ class ResultSets {
   void drop_allocated(ResultSetRecord& set, SlotIndex slot);
   // The same, if the set is there and it is that array.
   void drop_allocated(ArrayId set, SlotIndex slot, ArrayId array);
+  // The holder of a slot gives up the array that it allocated for it; false if this is none.
+  bool abort_allocated(SessionId session, ArrayId array);
   // Ends of a lease. Errors: as SlotTable's.
   [[nodiscard]] Result<void> commit_rows(SessionId session, ResultSetRecord& set, SlotIndex slot, Time now);
   [[nodiscard]] Result<void> commit_value(SessionId session, ResultSetRecord& set, SlotIndex slot,

@@ -23,7 +23,9 @@ Result<std::vector<SlotLine>> lines_of(const Client& client, const ResultSet& se
   const std::uint64_t rows = set.is_ragged() ? 0 : set.spec().shape.front();
   const std::uint64_t row_bytes = rows == 0 ? 0 : data_bytes(set.spec()).value_or(0) / rows;
   for (std::uint64_t index = 0; index < set.slots(); ++index) {
-    SlotLine line{.slot = set.slot(index)};
+    auto slot = set.slot(index);
+    if (!slot) return error_of(std::move(slot));
+    SlotLine line{.slot = *std::move(slot)};
     if (!set.is_ragged()) line.slot.size_bytes = row_bytes * rows_of_slot(rows, set.slots(), index).count();
     if (!is_all && line.slot.state != SlotState::leased && line.slot.state != SlotState::failed) continue;
     if (const auto at = sessions.find(line.slot.session); at != sessions.end()) {

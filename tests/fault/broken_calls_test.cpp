@@ -239,7 +239,7 @@ class BrokenCalls : public KeepingDaemonTest {
     });
     EXPECT_THAT(set.wait_settled(), FailsWith(Errc::slot_failed));
     for (std::uint64_t slot = 0; slot < kArraySlot; ++slot) expect_value(set, slot);
-    EXPECT_EQ(set.slot(kArraySlot + 1).reason, "no luck");
+    EXPECT_EQ(set.slot(kArraySlot + 1)->reason, "no luck");
     {
       const Array array = step("attach a slot's array", [&] { return set.array(kArraySlot); });
       EXPECT_TRUE(holds(array.bytes(), kSmallBytes, kArraySlot));

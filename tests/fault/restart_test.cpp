@@ -260,7 +260,7 @@ TEST_F(Restart, ServesSegmentsOfLayout1) {
   ASSERT_THAT(set, Succeeds());
   EXPECT_EQ(text_of(set->job()), "the job");
   EXPECT_EQ(text_of(*set->value(1)), "a value");
-  EXPECT_EQ(set->slot(2).reason, "a reason");
+  EXPECT_EQ(set->slot(2)->reason, "a reason");
   EXPECT_EQ(set->info()->queue, "kept");
   EXPECT_EQ(set->info()->attempts, 2U);
   EXPECT_EQ((*set->lease())->index(), 0U);

@@ -308,7 +308,7 @@ TEST_F(ResultsRestart, WhoHasASlotComesBackWithoutBeingAsked) {
   }
   worker.tell();
   EXPECT_EQ(worker.wait(), 0);
-  EXPECT_EQ(set->slot(0).attempt, 1U);
+  EXPECT_EQ(set->slot(0)->attempt, 1U);
 }
 
 TEST_F(ResultsRestart, ASetGoesWithItsMakerThatDoesNotComeBack) {
@@ -446,7 +446,7 @@ TEST_F(ResultsRestart, AJobFinishesWhileTheDaemonDiesAgainAndAgain) {
   ASSERT_THAT(set->wait_settled(kDeadline), Succeeds());
   for (std::uint64_t slot = 0; slot < kSlots; ++slot) {
     // A daemon that dies when it has leased the slot, but not said so, costs an attempt.
-    ASSERT_LE(set->slot(slot).attempt, 1U + static_cast<unsigned>(kills)) << "somebody lost slot " << slot;
+    ASSERT_LE(set->slot(slot)->attempt, 1U + static_cast<unsigned>(kills)) << "somebody lost slot " << slot;
     if (slot % 50 == 7) {
       ASSERT_EQ((*set->array(slot)->as<std::uint64_t>())[2], slot);
     } else {

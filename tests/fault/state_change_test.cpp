@@ -158,7 +158,7 @@ class StateChange : public KeepingDaemonTest {
     const auto array = set->array(2);
     ASSERT_THAT(array, Succeeds());
     expect_bytes(*array, kSmallBytes, 2);
-    EXPECT_EQ(set->slot(4).reason, "no luck");
+    EXPECT_EQ(set->slot(4)->reason, "no luck");
     EXPECT_EQ(set->info()->committed, 4U);
     EXPECT_THAT(set->forget(), Succeeds());
   }

@@ -82,7 +82,7 @@ Result<void> fill(const StormSet& set, Slot& slot) {
 }
 
 std::string check_slot(const StormSet& set, const ResultSet& open, std::uint64_t slot) {
-  const SlotInfo info = open.slot(slot);
+  const SlotInfo info = open.slot(slot).value();
   const auto wrong = [&](std::string_view what) {
     return fmt::format("slot {} of {}, attempt {}: {}", slot, set.name(), info.attempt, what);
   };

@@ -1,11 +1,17 @@
 // Forked children: what they inherit, what they must get for themselves, and what their parent keeps.
 #include <algorithm>
+#include <atomic>
+#include <csignal>
+#include <fstream>
 #include <optional>
 #include <string>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <thread>
 #include <unistd.h>
 #include <vector>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "tests/support/child.hpp"
@@ -19,6 +25,12 @@ constexpr std::size_t kSize = 100'000;
 class Fork : public DaemonTest {
  protected:
   [[nodiscard]] static ArraySpec spec() { return {Dtype::of<std::uint8_t>(), {kSize}}; }
+  // Whether a thread of this process waits for what a socket brings (proc(5), /proc/PID/syscall).
+  [[nodiscard]] static bool is_receiving(pid_t thread) {
+    long call = -1;
+    std::ifstream(fmt::format("/proc/self/task/{}/syscall", thread)) >> call;
+    return call == SYS_recvmsg || call == SYS_poll;
+  }
 };
 
 TEST_F(Fork, LeavesTheClientUsable) {
@@ -122,6 +134,39 @@ TEST_F(Fork, LetsAChildLeaseSlotsOfItsOwn) {
   ASSERT_THAT(array, Succeeds());
   EXPECT_EQ(array->bytes().front(), std::byte{1});
   EXPECT_EQ(array->bytes().back(), std::byte{2});
+}
+
+// Other threads may be anywhere in the library at a fork: the child finds nothing locked by them.
+TEST_F(Fork, LetsAChildWorkThoughAThreadOfItsParentWaitsForAnAnswer) {
+  const Client client = connect();
+  auto set = client.create_results("set", spec(), 4);
+  auto first = set->lease();
+  auto second = set->lease();
+  ASSERT_THAT(second, Succeeds());
+  ASSERT_EQ(::kill(daemon_->pid(), SIGSTOP), 0);
+  std::atomic<pid_t> thread{0};
+  std::thread waiting([&] {
+    thread = ::gettid();
+    EXPECT_THAT((*first)->commit(), Succeeds());
+  });
+  EXPECT_TRUE(eventually([&] { return thread != 0 && is_receiving(thread); }));
+  Child child([&](const Link& test) {
+    test.await_word();
+    { const Slot gone = *std::move(*first); }
+    EXPECT_THAT((*second)->commit(), FailsWith(Errc::wrong_process));
+    { const Slot gone = *std::move(*second); }
+    auto slot = set->lease();
+    ASSERT_THAT(slot, Succeeds());
+    EXPECT_THAT((*slot)->commit(), Succeeds());
+    { const auto given_back = set->lease(); }
+    EXPECT_THAT((*set->lease())->fail("no more"), Succeeds());
+    test.say("done");
+  });
+  ASSERT_EQ(::kill(daemon_->pid(), SIGCONT), 0);
+  waiting.join();
+  child.tell();
+  child.expect("done");
+  child.kill();
 }
 
 TEST_F(Fork, LetsNoChildKeepWhatItsDeadParentHeld) {

@@ -88,7 +88,7 @@ TEST_F(Ragged, HoldArraysOfAnyTypeAndShape) {
     EXPECT_EQ(array.name(), fmt::format("set/{}", i));
     for (const std::byte byte : array.bytes()) ASSERT_EQ(byte, static_cast<std::byte>(i + 1));
   }
-  EXPECT_EQ(set.slot(0).size_bytes, 24000U);
+  EXPECT_EQ(set.slot(0)->size_bytes, 24000U);
   EXPECT_THAT(client.attach("set/1"), Succeeds());
   EXPECT_EQ(arrays_of(client).size(), 3U) << "what was allocated and replaced is gone";
 }
@@ -103,7 +103,7 @@ TEST_F(Ragged, AreNotReadBeforeTheCommit) {
   const auto early = set.array(0);
   ASSERT_THAT(early, FailsWith(Errc::not_found));
   EXPECT_EQ(early.error().message, "slot 0 is not committed yet");
-  EXPECT_EQ(set.slot(0).content, SlotContent::none);
+  EXPECT_EQ(set.slot(0)->content, SlotContent::none);
   Child waiter([&](const Link& test) {
     const Client own = connect();
     const auto opened = own.open_results("set");
@@ -190,7 +190,7 @@ TEST_F(Ragged, HandExceptionsBackWithTheirSlot) {
   EXPECT_THAT(waited, FailsWith(Errc::slot_failed));
   EXPECT_EQ(waited.error().message, "slot 3: three is no number");
   EXPECT_THAT(set.value(3), FailsWith(Errc::slot_failed));
-  EXPECT_EQ(set.slot(5).reason, "nor is five");
+  EXPECT_EQ(set.slot(5)->reason, "nor is five");
   EXPECT_EQ(text_of(set.value(4)), "ok") << "the others are there";
 }
 
@@ -203,7 +203,7 @@ TEST_F(Ragged, TryAgainUntilTheAttemptsAreUsedUp) {
     EXPECT_THAT(slot.fail(fmt::format("failure {}", attempt)), Succeeds());
   }
   EXPECT_THAT(set.wait_settled(), FailsWith(Errc::slot_failed));
-  EXPECT_EQ(set.slot(0).reason, "failure 3");
+  EXPECT_EQ(set.slot(0)->reason, "failure 3");
 }
 
 TEST_F(Ragged, SayHowAWorkerDied) {
@@ -239,7 +239,7 @@ TEST_F(Ragged, TakeSlotsBackThatTakeTooLong) {
   EXPECT_EQ(last.attempt(), 3U);
   const auto waited = set.wait_settled();
   EXPECT_THAT(waited, FailsWith(Errc::slot_failed));
-  EXPECT_EQ(set.slot(0).reason, "no result within 30 ms");
+  EXPECT_EQ(set.slot(0)->reason, "no result within 30 ms");
 }
 
 TEST_F(Ragged, MayBeCancelled) {

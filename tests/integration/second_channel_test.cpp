@@ -170,7 +170,7 @@ TEST_F(SlotOfTwoChannels, IsCommittedOnceByTwoAtOnce) {
   // This lease ends after any that began before it.
   EXPECT_TRUE(eventually([&] { return set->info()->leased == 0; }));
   EXPECT_EQ(set->info()->committed, 1U);
-  EXPECT_EQ(set->slot(0).state, SlotState::committed);
+  EXPECT_EQ(set->slot(0)->state, SlotState::committed);
 }
 
 // ---- Replies that cannot be sent ----
@@ -217,7 +217,8 @@ TEST_F(Unsent, ALeaseThatNobodyWasToldOfGoes) {
   ASSERT_THAT(set, Succeeds());
   stop_reading();
   ASSERT_TRUE(second_->request([id = set->info()->id](Builder& b) { return wire::CreateLeaseSlots(b, id); }));
-  EXPECT_TRUE(eventually([&] { return set->slot(0).attempt == 1 && set->slot(0).state == SlotState::free; }));
+  EXPECT_TRUE(
+      eventually([&] { return set->slot(0)->attempt == 1 && set->slot(0)->state == SlotState::free; }));
   EXPECT_THAT(set->forget(), Succeeds());
 }
 

@@ -42,6 +42,10 @@ SHM_CALL_ELSEWHERE = {("proto/lock_file.cpp", "ftruncate")}  # an ordinary file,
 SHM_CALL = re.compile(
     r"\b(shm_open|shm_unlink|(?:posix_)?fallocate(?:64)?|ftruncate(?:64)?|F_SETLEASE|MADV_COLLAPSE)\b")
 
+# The library has one mutex, which fork(2) finds unlocked: client/fork_guard.hpp. Only what is declared counts, not who locks it.
+LIBRARY_MUTEX_FILES = ("client/fork_guard.hpp", "client/fork_guard.cpp")
+MUTEX = re.compile(r"\bstd::(?:recursive_|shared_|timed_)*mutex\s+\w+|\bstd::(?:call_once|once_flag)\b|\bpthread_mutex_t\b")
+
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"\n]+)[>"]', re.MULTILINE)
 # Comments and literals; a quote after a hexadecimal digit separates digits (1'000).
 COMMENT = re.compile(
@@ -80,6 +84,8 @@ class Tree:
         self.includes[file] = []
         for match in INCLUDE.finditer(code):
             self.check_include(file, code.count("\n", 0, match.start()) + 1, *match.groups())
+        if file.startswith("client/") and not file.startswith(("client/cowctl/", "client/examples/")):
+            self.check_library_file(file, COMMENT.sub(lambda m: blank(m[0]), text))
         if file.startswith("daemon/"):
             self.check_daemon_file(file, COMMENT.sub(lambda m: blank(m[0]), text))
 
@@ -100,6 +106,13 @@ class Tree:
         (lower, below), (_, above) = layer_of(file), layer_of(name)
         if below is not None and above is not None and above > below:
             self.problem(file, line, f'"{name}" is above {lower}: includes flow down.')
+
+    def check_library_file(self, file, code):
+        if file in LIBRARY_MUTEX_FILES:
+            return
+        for match in MUTEX.finditer(code):
+            self.problem(file, code.count("\n", 0, match.start()) + 1,
+                         f"{match[0]}: a forked child may find it locked; use pool_mutex() of client/fork_guard.hpp.")
 
     def check_daemon_file(self, file, code):
         if layer_of(file)[1] is None:

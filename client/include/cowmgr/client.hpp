@@ -5,8 +5,9 @@
 //   const auto array = or_throw(client.attach("train"));      // maps, never copies
 //   std::span<const float> pixels = or_throw(array.as<float>());
 //
-// Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library. Check
-// it, or let or_throw() of exception.hpp give the value or throw the sentence.
+// Every call that can be refused returns Result<T> (tl::expected): no exception leaves this library but what
+// a function of the caller's throws, and std::bad_alloc where there is no memory for a few hundred bytes.
+// Check it, or let or_throw() of exception.hpp give the value or throw the sentence.
 #pragma once
 
 #include <cstddef>
@@ -36,9 +37,16 @@ struct ConnectOptions {
   std::string socket{};
   // What `cowctl clients` shows. Empty: the name of this program.
   std::string command{};
-  // How long a call tries to find the daemon again when it went away. 0: not at all.
+  // How long a call tries to find the daemon again when it went away, whatever wait the call has. 0: not at
+  // all.
   Milliseconds reconnect = std::chrono::seconds(30);
-  Milliseconds wait{0};  // how long to wait for a daemon that is not there yet. Default: not at all
+  // How long to wait for a daemon that is not there yet, or does not let this process in yet. Default: not at
+  // all; one that is there has 20 s to answer.
+  Milliseconds wait{0};
+  // How long the daemon may take to answer a request, beyond what that asks it to wait; then the call fails
+  // with timed_out. Default: as long as it takes (large arrays take a while to make), but for calls that have
+  // a wait of their own.
+  Milliseconds answer = kForever;
   // Whose daemon is trusted, by name or number, besides one of the caller's own user, of root, or of the
   // owner of the socket's directory where only root could have made that (/run/cowmgr of the packaged
   // service). Empty: $COWMGR_DAEMON_USER, else nobody's. In a user namespace, what is served from outside it
@@ -80,16 +88,28 @@ struct AttachOptions {
 //
 // When the daemon goes away, every call reconnects to the next one of the instance, with pauses that grow,
 // says what this process views, writes and has leased, and goes on; readers do not notice. A request that was
-// under way is sent again, and is not carried out twice. Only evict_lru() and shutdown() answer
-// `disconnected`, and may have been carried out or not.
+// under way is sent again, and is not carried out twice; but one that two daemons in a row were at when they
+// died is not sent to a third: that, evict_lru() and shutdown() answer `disconnected`, and may have been
+// carried out or not.
 //
-// Every call may fail with no_daemon, disconnected, protocol_error or out_of_memory; only what is special
-// stands beside a call.
+// A call that has a `wait` ends with timed_out within a second of its end, also when the daemon does not
+// answer at all, as one that is stopped (SIGSTOP); of a wait of 0, 20 s later. A call that has none ends as
+// ConnectOptions::answer says. What it asked for may be carried out yet; what the daemon grants then goes
+// back by itself. Destructors wait for the daemon for 5 s at most. Any number of threads may wait: 64 of a
+// process in the daemon, each on a connection of its own, the others by looking every 50 ms. Calls that do
+// not wait have connections beside those.
+//
+// A call that fails for want of something here (a descriptor, address space, memory) after the daemon has
+// done its part fails alone: what was granted goes back, and all that the client has stays.
+//
+// Every call may fail with no_daemon, disconnected, timed_out, protocol_error, out_of_memory, quota_exceeded
+// or os_failure; only what is special stands beside a call.
 class Client {
  public:
   // Connects, and introduces this process. Blocks for one round trip, and for the wait. Errors: no_daemon,
-  // with how to start one; protocol_mismatch; permission_denied when the daemon is of a user who is not
-  // trusted, now or when another one takes its place.
+  // with how to start one; timed_out when one is there that does not answer; protocol_mismatch;
+  // permission_denied when the daemon is of a user who is not trusted, now or when another one takes its
+  // place.
   [[nodiscard]] static Result<Client> connect(const ConnectOptions& options = {});
 
   // Makes room for an array that the caller then fills and seals. Blocks while the memory is being backed,
@@ -204,6 +224,8 @@ class Client {
   [[nodiscard]] Result<std::vector<ArrayInfo>> list(std::string_view text, bool is_pattern) const;
   [[nodiscard]] Result<std::vector<ResultsInfo>> list_results(std::string_view text, bool is_pattern) const;
   friend struct detail::ClientAccess;
+  template <class Build>
+  [[nodiscard]] Result<ResultSet> make_set(const Build& build) const;
   explicit Client(std::shared_ptr<detail::Connection> connection) noexcept
       : connection_(std::move(connection)) {}
 

@@ -76,7 +76,8 @@ class Slot {
   [[nodiscard]] Result<void> commit();
 
   // Commits, and leases any next slot in the same round trip; waits like ResultSet::lease when none is free.
-  // Empty when no slot is left to do.
+  // Empty when no slot is left to do. Timed out because the daemon does not answer, the slot may be committed
+  // or not.
   [[nodiscard]] Result<std::optional<Slot>> commit_and_lease(Milliseconds wait = kForever);
 
   // Gives the slot up, with the reason (of which 4 KiB count): for good, unless the set allows more attempts
@@ -170,8 +171,8 @@ class ResultSet {
 
   // ---- Reading a slot: no round trip, but for arrays ----
 
-  // `index` must be below slots().
-  [[nodiscard]] SlotInfo slot(std::uint64_t index) const;
+  // Errors: not_found for an index that the set does not have, here and below.
+  [[nodiscard]] Result<SlotInfo> slot(std::uint64_t index) const;
   // The value of a committed slot. Valid while this handle or a copy of it lives. Errors: not_found when the
   // slot holds no value (yet), slot_failed with the reason.
   [[nodiscard]] Result<std::span<const std::byte>> value(std::uint64_t index) const;
@@ -192,6 +193,7 @@ class ResultSet {
 
  private:
   friend class Client;
+  [[nodiscard]] Result<void> check_index(std::uint64_t index) const;
   explicit ResultSet(std::shared_ptr<detail::ResultSetImpl> impl) noexcept : impl_(std::move(impl)) {}
 
   std::shared_ptr<detail::ResultSetImpl> impl_;
