@@ -4,6 +4,7 @@
 #include <atomic>
 #include <random>
 #include <sched.h>
+#include <thread>
 
 #include <fmt/format.h>
 
@@ -20,6 +21,7 @@ namespace {
 
 constexpr std::uint64_t kChunksEach =
     4;  // for each worker: small enough that none is left with the last one alone
+constexpr auto kExplainPatience = std::chrono::seconds(1);  // with the watching process
 // How often whoever waits looks whether the pool is still there. A slot that is settled wakes it at once.
 constexpr auto kLook = Milliseconds(250);
 // A worker that just died may have the output mapped for a moment longer; who has it for this long keeps it.
@@ -103,7 +105,14 @@ class JobImpl {
 
   [[nodiscard]] const ResultSet& results() const noexcept { return results_; }
   [[nodiscard]] Error explained(Error error) const {
-    const auto trouble = pool_->trouble_after(troubles_before_);
+    auto trouble = pool_->trouble_after(troubles_before_);
+    // The daemon sees the end of a worker's connection, and the watching process its lifeline's: whoever is
+    // later, the reason is told.
+    const auto patience = Clock::now() + kExplainPatience;
+    while (trouble.empty() && error.message.ends_with(" went away") && Clock::now() < patience) {
+      std::this_thread::sleep_for(Milliseconds(1));
+      trouble = pool_->trouble_after(troubles_before_);
+    }
     const bool may_be_why = error.code == Errc::slot_failed || error.code == Errc::timed_out;
     if (may_be_why && !trouble.empty()) error.message += "; " + trouble;
     return error;
