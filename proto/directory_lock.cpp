@@ -8,6 +8,7 @@
 #include <fstream>
 #include <random>
 #include <span>
+#include <sys/stat.h>
 #include <thread>
 
 #include <fmt/format.h>
@@ -61,27 +62,34 @@ void pause_for_a_random_time() {
       std::chrono::milliseconds(std::uniform_int_distribution<int>(1, kLongestPauseMs)(random)));
 }
 
-// "lock:	1: OFDLCK  ADVISORY  READ -1 00:1b:1 4611686018427387899 4611686018427387899" (proc(5),
-// fdinfo). No other file has a lock just there. /proc/locks says -1 for the process, too.
-bool has_lock_at(const fs::path& process, off_t place) {
-  const std::string range = fmt::format(" {} {}", place, place);
+// The end of the line that a descriptor's lock has in fdinfo (proc(5)), from the inode on:
+// "lock: 1: OFDLCK  ADVISORY  READ -1 00:1b:1 4611686018427387899 4611686018427387899".
+std::string lock_text(const struct stat& directory, off_t place) {
+  return fmt::format(":{} {} {}", directory.st_ino, place, place);
+}
+
+// /proc/locks says -1 for the process.
+bool has_lock(const fs::path& process, const std::string& lock) {
   std::error_code ignored;
   for (const auto& fdinfo : fs::directory_iterator(process / "fdinfo", ignored)) {
     std::ifstream in(fdinfo.path());
     for (std::string line; std::getline(in, line);) {
-      if (line.find("OFDLCK") != std::string::npos && line.ends_with(range)) return true;
+      if (line.find("OFDLCK") != std::string::npos && line.ends_with(lock)) return true;
     }
   }
   return false;
 }
 
-pid_t find_holder(off_t place) {
+pid_t find_holder(int fd, off_t place) {
+  struct stat directory {};
+  if (::fstat(fd, &directory) != 0) return 0;
+  const std::string lock = lock_text(directory, place);
   std::error_code ignored;
   for (const auto& process : fs::directory_iterator("/proc", ignored)) {
     const std::string text = process.path().filename();
     const char* const end = text.data() + text.size();
     pid_t pid = 0;
-    if (std::from_chars(text.data(), end, pid).ptr == end && has_lock_at(process.path(), place)) return pid;
+    if (std::from_chars(text.data(), end, pid).ptr == end && has_lock(process.path(), lock)) return pid;
   }
   return 0;
 }
@@ -103,7 +111,7 @@ Result<DirectoryLock> DirectoryLock::acquire(const std::string& directory, std::
     if (!is_held_by_others(fd.get(), place)) return DirectoryLock(std::move(fd));
     set_lock(fd.get(), place, F_UNLCK);
   }
-  const pid_t holder = find_holder(place);
+  const pid_t holder = find_holder(fd.get(), place);
   return cowmgr::fail(
       Errc::busy,
       fmt::format("the name {} is held in {} by {}", name, directory,
@@ -117,7 +125,7 @@ std::optional<pid_t> DirectoryLock::holder_of(const std::string& directory, std:
   const off_t place = place_of(name);
   struct flock byte = byte_at(place, F_WRLCK);
   if (!fd || ::fcntl(fd.get(), F_OFD_GETLK, &byte) != 0 || byte.l_type == F_UNLCK) return std::nullopt;
-  return find_holder(place);
+  return find_holder(fd.get(), place);
 }
 
 }  // namespace cowmgr
