@@ -373,6 +373,7 @@ TEST_F(FdStored, AnArrayThatIsUnlinkedAtTheKillIsServedUnlinkedUntilThereIsRoom)
   EXPECT_EQ(state_of(client, "a"), ArrayState::unlinked);
   expect_served(client, "a", 1);
   EXPECT_THAT(client.evict(std::vector<std::string>{"in the way"}), Succeeds());
+  EXPECT_TRUE(eventually([&] { return manager_.stored().size() == 1; })) << "the manager lets go of it, too";
   expect_rewritten(client, "a");
 }
 

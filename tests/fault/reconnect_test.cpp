@@ -161,12 +161,16 @@ TEST_F(Reconnect, KeepsWhatIsViewedThoughItWasEvictedBefore) {
 }
 
 TEST_F(Reconnect, ForgetsWhatIsEvictedWhenItsViewersDoNotComeBack) {
-  const Client client = connect();
-  const auto old = put(client, "x", 1000);
-  EXPECT_THAT(client.evict(std::vector<std::string>{"x"}), Succeeds());
-  kill_and_start({"--grace", "0"});
+  {
+    const Client client = connect();
+    const auto old = put(client, "x", 1000);
+    EXPECT_THAT(client.evict(std::vector<std::string>{"x"}), Succeeds());
+    kill_and_start({"--grace", "0"});
+    const Client other = connect();
+    EXPECT_TRUE(eventually([&] { return other.ping()->memory.outside_bytes > 0; })) << "only mapped";
+    EXPECT_TRUE(copy_of(old->bytes()) == pattern_bytes(1000)) << "the view is as it was";
+  }
   EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 1; })) << "the lock";
-  EXPECT_TRUE(copy_of(old->bytes()) == pattern_bytes(1000)) << "the view is as it was";
 }
 
 // The kernel says that nobody has it: there is nobody to wait for. Else a daemon that is killed again and
@@ -286,7 +290,8 @@ TEST_F(Reconnect, TellsThatAWriterIsGoneWhenItCameTooLate) {
   auto writer = client.create("x", {Dtype::of<std::uint8_t>(), {1000}});
   kill_and_start({"--grace", "0"});
   // Whoever else is first: what nobody came back to is gone by then.
-  EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 1; })) << "the lock";
+  const Client other = connect();
+  EXPECT_TRUE(eventually([&] { return other.ping()->memory.outside_bytes > 0; })) << "only mapped";
   EXPECT_THAT(writer->seal(), FailsWith(Errc::not_holder));
   EXPECT_THAT(put(client, "x", 1000), Succeeds()) << "the name is free";
 }

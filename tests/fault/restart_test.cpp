@@ -9,6 +9,7 @@
 #include <map>
 #include <random>
 #include <span>
+#include <optional>
 #include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -139,15 +140,19 @@ TEST_F(Restart, GoesOnAsIfNothingHadHappened) {
 }
 
 TEST_F(Restart, RemovesWhatWasHalfMadeAndNobodyComesBackTo) {
-  const Client client = connect();
-  put(client, "whole", 100);
-  const auto writer = client.create("half", bytes_spec(100'000));
-  std::fill(writer->bytes().begin(), writer->bytes().end(), std::byte{1});
-  const auto dense = client.create_results("dense", bytes_spec(100), 4);
-  const auto ragged = client.create_ragged("ragged", 4);
-  kill_and_start({"--grace", "0"});
+  {
+    const Client client = connect();
+    put(client, "whole", 100);
+    const auto writer = client.create("half", bytes_spec(100'000));
+    std::fill(writer->bytes().begin(), writer->bytes().end(), std::byte{1});
+    const auto dense = client.create_results("dense", bytes_spec(100), 4);
+    const auto ragged = client.create_ragged("ragged", 4);
+    kill_and_start({"--grace", "0"});
+    const Client other = connect();
+    EXPECT_THAT(names_of(other), ElementsAre("whole"));
+    EXPECT_TRUE(eventually([&] { return other.ping()->memory.outside_bytes > 0; })) << "still mapped";
+  }
   EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 2; })) << "the array and the lock";
-  EXPECT_THAT(names_of(connect()), ElementsAre("whole"));
 }
 
 TEST_F(Restart, RemovesAtOnceWhatWasHalfMadeByWhoIsGone) {
@@ -207,10 +212,11 @@ TEST_F(Restart, TakesAdoptedArraysIntoAccount) {
 
 TEST_F(Restart, AfterAStopServesEverySealedArrayToo) {
   put(connect(), "x", 3'000'000);
-  const auto writer = connect().create("half", bytes_spec(100));
+  std::optional writer = connect().create("half", bytes_spec(100));
   const auto ragged = connect().create_ragged("ragged", 4, {.is_detached = true});
   EXPECT_EQ(daemon_->stop(SIGTERM), 0);
   start_keeping({"--grace", "0"});
+  writer.reset();  // what it had mapped goes with that
   EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 3; })) << "array, set and lock";
   EXPECT_THAT(names_of(connect()), ElementsAre("x"));
   EXPECT_THAT(connect().open_results("ragged"), Succeeds());
@@ -312,7 +318,7 @@ TEST_F(Restart, MovesAsideWhatIsDamaged) {
 // file.
 TEST_F(Restart, DoesNotBelieveATrailerThatAWriterForged) {
   const Client client = connect();
-  auto writer = client.create("mine", bytes_spec(1000));
+  std::optional writer = client.create("mine", bytes_spec(1000));
   const auto id = std::stoull(arrays_of(client).at(0).segment.substr(instance().size() + 9), nullptr, 16);
   const auto forged = encode_trailer({.name = "somebody else's",
                                       .id = id,
@@ -321,8 +327,9 @@ TEST_F(Restart, DoesNotBelieveATrailerThatAWriterForged) {
                                       .sealed_us = 1,
                                       .owner_uid = 4711,
                                       .mode = 0666});
-  std::memcpy(writer->bytes().data() + kPageBytes, forged.data(), forged.size());
+  std::memcpy((*writer)->bytes().data() + kPageBytes, forged.data(), forged.size());
   kill_and_start({"--grace", "0"});
+  writer.reset();
   EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 1; })) << "the lock";
   EXPECT_THAT(names_of(connect()), IsEmpty());
 }

@@ -255,6 +255,7 @@ TEST_F(ResultsRestart, AnArrayOfASlotIsWrittenOn) {
   EXPECT_THAT(other->commit(), Succeeds());
   EXPECT_EQ(set->array(other->index())->bytes().size(), 20U);
   EXPECT_THAT(set->forget(), Succeeds());
+  drop(slot, other, set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
 }
 
@@ -454,6 +455,7 @@ TEST_F(ResultsRestart, AJobFinishesWhileTheDaemonDiesAgainAndAgain) {
     }
   }
   EXPECT_THAT(set->forget(), Succeeds());
+  drop(set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
   EXPECT_THAT(shm_files(instance()), SizeIs(1)) << "the lock";
 }

@@ -244,6 +244,7 @@ TEST_F(WorkerDeath, OfTheMakerTakesTheSetAway) {
   EXPECT_THAT(set->info(), FailsWith(Errc::not_found));
   EXPECT_THAT(set->wait(), FailsWith(Errc::not_found));
   EXPECT_THAT(client.open_results("set"), FailsWith(Errc::not_found));
+  drop(slot, set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
 }
 

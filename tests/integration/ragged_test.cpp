@@ -153,8 +153,11 @@ TEST_F(Ragged, TakeValuesUpToTheLimitAndGrow) {
   for (unsigned i = 0; i < kSlots; ++i)
     ASSERT_EQ(copy_of(*set.value(i)), pattern_bytes(kMaxValueBytes, i)) << i;
   EXPECT_THAT(set.cancel(), Succeeds());
-  EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
+  EXPECT_TRUE(eventually([&] { return client.ping()->memory.outside_bytes > 0; }))
+      << "the handle has it mapped";
   EXPECT_EQ(copy_of(*set.value(7)), pattern_bytes(kMaxValueBytes, 7)) << "what is mapped stays";
+  drop(set);
+  EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
 }
 
 TEST_F(Ragged, AreTakenByManyWorkersInBatches) {
@@ -269,6 +272,7 @@ TEST_F(Ragged, MayBeCancelled) {
   EXPECT_EQ(set.info()->state, ResultsState::cancelled);
   EXPECT_THAT(set.cancel(), Succeeds()) << "forgets it";
   EXPECT_THAT(set.info(), FailsWith(Errc::not_found));
+  drop(set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
 }
 
@@ -362,6 +366,7 @@ TEST_F(Ragged, FillTheCapacityAndSayHowMuchIsNeeded) {
   EXPECT_GT(set.info()->committed, 0U);
   EXPECT_EQ(set.info()->leased, 0U) << "what could not be committed was given back";
   EXPECT_THAT(set.cancel(), Succeeds());
+  drop(set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes < 2U << 20U; }));
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 #include <sys/types.h>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -80,6 +81,12 @@ class TemporaryDirectory {
 }
 
 class ServiceManager;
+
+// Ends handles before their scope does: what they have mapped counts as used until then.
+template <class... Handle>
+void drop(Handle&... handles) {
+  (static_cast<void>(Handle(std::move(handles))), ...);
+}
 
 inline constexpr int kClosed = -2;  // no descriptor at all
 
