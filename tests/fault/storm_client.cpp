@@ -36,6 +36,21 @@ class StormClient {
     Array view;
   };
 
+  // A request that two daemons in a row had read when they died is not sent to a third: whoever asked asks
+  // again, and finds that it may be done.
+  template <class Ask>
+  auto ask(const Ask& ask_once) -> decltype(ask_once()) {
+    may_be_done_ = false;
+    for (;;) {
+      auto answer = ask_once();
+      if (answer || answer.error().code != Errc::disconnected) return answer;
+      may_be_done_ = true;
+    }
+  }
+  [[nodiscard]] bool is_done(const Error& error, Errc sign) const {
+    return may_be_done_ && error.code == sign;
+  }
+
   std::uint64_t pick(std::uint64_t end) {
     return std::uniform_int_distribution<std::uint64_t>(0, end - 1)(random_);
   }
@@ -85,10 +100,12 @@ class StormClient {
     const auto bytes = array_bytes(array, number);
     const Record record{.what = Record::What::put, .array = array, .put = number};
     tell(record, false);
-    const auto put = client_.put<std::uint64_t>(
-        array_name(array),
-        std::span(reinterpret_cast<const std::uint64_t*>(bytes.data()), bytes.size() / sizeof(std::uint64_t)),
-        {bytes.size() / sizeof(std::uint64_t)}, {.replace = true});
+    const auto put = ask([&] {
+      return client_.put<std::uint64_t>(array_name(array),
+                                        std::span(reinterpret_cast<const std::uint64_t*>(bytes.data()),
+                                                  bytes.size() / sizeof(std::uint64_t)),
+                                        {bytes.size() / sizeof(std::uint64_t)}, {.replace = true});
+    });
     if (!put) return fail(fmt::format("put {} of {}", number, array_name(array)), put.error());
     own_[array] = number;
     tell(record, true);
@@ -99,13 +116,14 @@ class StormClient {
     const std::vector<std::string> names = {array_name(array)};
     const Record record{.what = Record::What::evict, .array = array};
     tell(record, false);
-    auto evicted = client_.evict(names);
+    auto evicted = ask([&] { return client_.evict(names); });
     if (!evicted && evicted.error().code == Errc::pinned) {
       // By an earlier client of this number, which died before it could undo that.
-      if (const auto ok = client_.pin(names, false); !ok) return fail("unpin", ok.error());
-      evicted = client_.evict(names);
+      if (const auto ok = ask([&] { return client_.pin(names, false); }); !ok)
+        return fail("unpin", ok.error());
+      evicted = ask([&] { return client_.evict(names); });
     }
-    const bool was_there = own_[array].has_value();
+    const bool was_there = own_[array].has_value() && !may_be_done_;
     if (!evicted && (was_there || evicted.error().code != Errc::not_found))
       return fail("evict " + array_name(array), evicted.error());
     own_[array].reset();
@@ -116,13 +134,16 @@ class StormClient {
     if (!own_[array]) return;
     const std::vector<std::string> names = {array_name(array)};
     for (const bool pinned : {true, false}) {
-      if (const auto ok = client_.pin(names, pinned); !ok) return fail("pin", ok.error());
-      if (client_.stat(names.front())->array.pinned != pinned) return fail("a pin does not show");
+      if (const auto ok = ask([&] { return client_.pin(names, pinned); }); !ok)
+        return fail("pin", ok.error());
+      const auto details = ask([&] { return client_.stat(names.front()); });
+      if (!details) return fail("stat", details.error());
+      if (details->array.pinned != pinned) return fail("a pin does not show");
     }
   }
 
   void attach(std::uint32_t array) {
-    auto view = client_.attach(array_name(array));
+    auto view = ask([&] { return client_.attach(array_name(array)); });
     const bool is_own = array / kArraysEach == plan_.number;
     if (!view && view.error().code == Errc::not_found && (!is_own || !own_[array])) return;
     if (!view) return fail("attach " + array_name(array), view.error());
@@ -146,7 +167,7 @@ class StormClient {
   }
 
   void wait_for(std::uint32_t array) {
-    const auto view = client_.attach(array_name(array), {.wait = Milliseconds(2)});
+    const auto view = ask([&] { return client_.attach(array_name(array), {.wait = Milliseconds(2)}); });
     if (!view && view.error().code != Errc::timed_out) fail("wait", view.error());
     if (!view && own_[array]) fail("a wait for what is there ends without it");
   }
@@ -154,7 +175,7 @@ class StormClient {
   // ---- Sets ----
 
   void reopen(const StormSet& left) {
-    auto open = client_.open_results(left.name());
+    auto open = ask([&] { return client_.open_results(left.name()); });
     if (!open && open.error().code == Errc::not_found) return;  // it was never made, or is forgotten
     if (!open) return fail("open " + left.name(), open.error());
     set_ = left;
@@ -166,10 +187,13 @@ class StormClient {
     const ResultsOptions options{.is_detached = set.is_detached(), .queue = kStormQueue};
     const Record record{.what = Record::What::make_set, .set = set};
     tell(record, false);
-    auto made = set.is_ragged()
-                    ? client_.create_ragged(set.name(), set.slots(), options)
-                    : client_.create_results(set.name(), {Dtype::of<std::uint64_t>(), {set.rows()}},
-                                             set.slots(), options);
+    auto made = ask([&] {
+      return set.is_ragged() ? client_.create_ragged(set.name(), set.slots(), options)
+                             : client_.create_results(set.name(), {Dtype::of<std::uint64_t>(), {set.rows()}},
+                                                      set.slots(), options);
+    });
+    if (!made && is_done(made.error(), Errc::already_exists))
+      made = ask([&] { return client_.open_results(set.name()); });
     if (!made) return fail("make " + set.name(), made.error());
     set_ = set;
     open_.emplace(*std::move(made));
@@ -179,19 +203,22 @@ class StormClient {
   // Makes one, or looks after the one that there is: once all is done, it is checked and forgotten.
   void tend_set() {
     if (!open_) return make_set();
-    const auto info = open_->info();
+    const auto info = ask([&] { return open_->info(); });
     if (!info) return fail("look at " + set_.name(), info.error());
     if (info->committed + info->failed < info->slots) return work_on(set_, *open_);
-    if (auto ok = open_->wait_settled(kPatience); !ok) return fail("wait for " + set_.name(), ok.error());
+    if (auto ok = ask([&] { return open_->wait_settled(kPatience); }); !ok)
+      return fail("wait for " + set_.name(), ok.error());
     for (std::uint64_t slot = 0; slot < set_.slots(); ++slot) {
       if (auto wrong = check_slot(set_, *open_, slot); !wrong.empty()) return fail(wrong);
     }
     if (!set_.is_ragged()) check_output();
     const Record record{.what = Record::What::forget_set, .set = set_};
     tell(record, false);
-    if (auto ok = open_->forget(); !ok) return fail("forget " + set_.name(), ok.error());
+    if (auto ok = ask([&] { return open_->forget(); }); !ok && !is_done(ok.error(), Errc::not_found))
+      return fail("forget " + set_.name(), ok.error());
     if (!set_.is_ragged()) {
-      if (const auto ok = client_.evict(std::vector<std::string>{set_.name()}); !ok)
+      const auto ok = ask([&] { return client_.evict(set_.name()); });
+      if (!ok && !is_done(ok.error(), Errc::not_found))
         return fail("evict the output of " + set_.name(), ok.error());
     }
     tell(record, true);
@@ -199,7 +226,7 @@ class StormClient {
   }
 
   void check_output() {
-    const auto out = open_->wait(kPatience);
+    const auto out = ask([&] { return open_->wait(kPatience); });
     if (!out) return fail("the output of " + set_.name(), out.error());
     const auto items = *out->as<std::uint64_t>();
     if (items.size() != set_.rows()) return fail("the output has another size");
@@ -209,7 +236,7 @@ class StormClient {
   }
 
   void work() {
-    auto open = client_.open_queued(kStormQueue, Milliseconds(pick(3)));
+    auto open = ask([&] { return client_.open_queued(kStormQueue, Milliseconds(pick(3))); });
     if (!open && open.error().code == Errc::timed_out) return;
     if (!open) return fail("open the queue", open.error());
     const auto set = StormSet::parse(open->name());
@@ -223,15 +250,16 @@ class StormClient {
   }
 
   void work_on(const StormSet& set, ResultSet& open) {
-    auto slots = open.lease_batch(1 + static_cast<std::uint32_t>(pick(3)), Milliseconds(1));
+    auto slots =
+        ask([&] { return open.lease_batch(1 + static_cast<std::uint32_t>(pick(3)), Milliseconds(1)); });
     if (!slots && (is_gone(slots.error()) || slots.error().code == Errc::timed_out)) return;
     if (!slots) return fail("lease", slots.error());
     for (Slot& slot : *slots) {
       if (pick(10) == 0) continue;  // given back with its handle
-      auto ok = fill(set, slot);
-      if (ok) ok = slot.commit();
+      auto ok = ask([&] { return fill(set, slot); });
+      if (ok) ok = ask([&] { return slot.commit(); });
       if (!ok && is_gone(ok.error())) return;
-      if (!ok)
+      if (!ok && !is_done(ok.error(), Errc::already_committed))
         return fail(fmt::format("fill and commit slot {} of {}", slot.index(), set.name()), ok.error());
       tell({.what = Record::What::commit, .set = set, .slot = slot.index()}, true);
     }
@@ -247,6 +275,7 @@ class StormClient {
   StormSet set_;
   std::optional<ResultSet> open_;
   std::string problem_;
+  bool may_be_done_ = false;  // what ask() asked for last, before its answer
 };
 
 }  // namespace

@@ -96,7 +96,8 @@ std::string check_slot(const StormSet& set, const ResultSet& open, std::uint64_t
     return std::ranges::equal(*value, std::as_bytes(std::span(expected))) ? ""
                                                                           : wrong("it holds another value");
   }
-  const auto array = open.array(slot);
+  auto array = open.array(slot);
+  while (!array && array.error().code == Errc::disconnected) array = open.array(slot);
   if (!array) return wrong(array.error().message);
   const auto items = *array->as<std::uint64_t>();
   return items.size() == 3 && items[2] == set.item(slot) ? "" : wrong("it holds another array");
