@@ -583,12 +583,9 @@ bool ShmEnv::try_remove(Segment& segment) const noexcept {
   const Others others = has_leases_ ? others_with(segment) : Others::unknown;
   if (others == Others::some) return false;
   unlink(segment);
-  if (others == Others::untold) {
-    segment.name.clear();
-    return false;
-  }
   // Whoever looked the name up just before waits in open(2), and has the file when the lease is gone.
-  if (others == Others::none && ::fcntl(segment.lease.get(), F_GETLEASE) != F_WRLCK) {
+  const int lease = others == Others::none ? ::fcntl(segment.lease.get(), F_GETLEASE) : F_WRLCK;
+  if (lease >= 0 && lease != F_WRLCK) {
     end_lease(segment.lease.get());
     segment.name.clear();
     return false;
@@ -599,7 +596,7 @@ bool ShmEnv::try_remove(Segment& segment) const noexcept {
 
 // Only the lease's descriptor stays, which never leaves the daemon: what readers and writers were given may
 // live on with them. EAGAIN is the refusal. Where leases were switched off meanwhile
-// (/proc/sys/fs/leases-enable) nobody knows; other errors do not last: only the name goes at once.
+// (/proc/sys/fs/leases-enable), or the kernel has no memory for one, nobody knows.
 ShmEnv::Others ShmEnv::others_with(Segment& segment) const noexcept {
   if (!segment.lease) {
     auto lease = open_again(segment.reader ? segment.reader.get() : segment.writer.get());
@@ -611,10 +608,9 @@ ShmEnv::Others ShmEnv::others_with(Segment& segment) const noexcept {
   const int fd = segment.lease.get();
   ::fcntl(fd, F_SETSIG, lease_signal_);
   if (has_one_holder(fd)) return Others::none;
-  if (errno == EINVAL || errno == EACCES) return Others::unknown;
-  const bool is_refused = errno == EAGAIN;
+  if (errno != EAGAIN) return Others::unknown;
   end_lease(fd);  // who opens it for writing now does no harm, and shall not wait
-  return is_refused ? Others::some : Others::untold;
+  return Others::some;
 }
 
 }  // namespace cowmgr

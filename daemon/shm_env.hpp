@@ -195,8 +195,7 @@ class ShmEnv {
 
  private:
   [[nodiscard]] bool probe_leases() const;
-  // Who have the file open or mapped; unknown: the kernel tells nobody, untold: not just now.
-  enum class Others : std::uint8_t { none, some, unknown, untold };
+  enum class Others : std::uint8_t { none, some, unknown };  // who have the file open or mapped
   [[nodiscard]] Others others_with(Segment& segment) const noexcept;
   // The seal, but for the mark.
   [[nodiscard]] Result<bool> prove(Segment& segment, std::string_view header,
