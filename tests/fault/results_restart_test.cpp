@@ -379,7 +379,8 @@ TEST_F(ResultsRestart, ACancelledSetIsGone) {
   kill_and_start();
   EXPECT_THAT(slot->commit(), FailsWith(Errc::not_found));
   EXPECT_THAT(set->cancel(), FailsWith(Errc::not_found));
-  EXPECT_THAT(shm_files(instance()), SizeIs(1)) << "the lock";
+  drop(slot, set);
+  EXPECT_TRUE(eventually([&] { return shm_files(instance()).size() == 1; })) << "the lock";
 }
 
 TEST_F(ResultsRestart, ADamagedSetIsMovedAside) {

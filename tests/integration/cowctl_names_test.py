@@ -178,6 +178,7 @@ class NextDaemon(CowctlTest):
     def start_next(self):
         flags = ["--socket", self.daemon.socket, "--instance", self.daemon.instance, "--log-level", "off"]
         self.daemon.process = subprocess.Popen([cowctl_test.BIN / "cowmgr", *flags])
+        self.addCleanup(lambda: self.daemon.process.wait(TIMEOUT_S))
         self.addCleanup(self.cowctl, "shutdown", "--purge")
 
     def test_a_command_waits_for_a_daemon(self):

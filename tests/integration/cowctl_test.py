@@ -748,7 +748,7 @@ class Fsck(CowctlTest):
         self.assertNotIn("daemon_pid", instance)
         (file,) = instance["files"]
         self.assertEqual((file["name"], file["version"], file["state"], file["pinned"]), ("x", 1, "sealed", True))
-        text = self.run_text("fsck")
+        text = self.cowctl("fsck").stdout.decode()  # on standard error stands what it thinks of others' instances
         self.assertIn(f"instance {self.daemon.instance}: no daemon", text)
         self.assertRegex(text, r"sealed +.*x +1 ")
 

@@ -272,7 +272,7 @@ TEST_F(Ragged, MayBeCancelled) {
   EXPECT_EQ(set.info()->state, ResultsState::cancelled);
   EXPECT_THAT(set.cancel(), Succeeds()) << "forgets it";
   EXPECT_THAT(set.info(), FailsWith(Errc::not_found));
-  drop(set);
+  drop(first, second, set);
   EXPECT_TRUE(eventually([&] { return client.ping()->used_bytes == 0; }));
 }
 
