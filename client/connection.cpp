@@ -266,7 +266,7 @@ Result<Connection::Use> Connection::begin_use(bool reconnects, const Limit& limi
 
 Result<const wire::Reply*> Connection::exchange(Use& use, Attempt& attempt) {
   Channel& channel = *use.channel;
-  const auto reply = channel.exchange(attempt.limit);
+  auto reply = channel.exchange(attempt.limit);
   if (reply) {
     if (const auto* failure = (*reply)->body_as_Failure()) return tl::unexpected(error_of_failure(*failure));
     use.granted = Grants::of(channel.request(), **reply);

@@ -164,8 +164,8 @@ class Connection {
 
  private:
   struct Attempt {
-    Patience* patience;
-    Limit limit;
+    Patience* patience = nullptr;
+    Limit limit{};
     bool is_repeatable = false;
     bool is_again = false;
     bool may_try_again = false;

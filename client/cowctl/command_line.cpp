@@ -82,7 +82,7 @@ Milliseconds duration_of(const std::string& text) {
   const auto* known = std::ranges::find(kDurations, unit, &Duration::unit);
   const double ms = known == kDurations.end() ? -1 : count * known->ms;
   constexpr double kMostMs = 1e12;  // 31 years
-  if (error != std::errc() || !(ms >= 0 && ms <= kMostMs)) {
+  if (error != std::errc() || ms < 0 || ms > kMostMs) {
     throw CLI::ValidationError(
         "--wait", fmt::format("{} is not a duration; write it as 500ms, 10s, 2min or 1h", printable(text)));
   }

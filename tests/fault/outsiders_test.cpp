@@ -18,7 +18,6 @@ namespace cowmgr::test {
 namespace {
 
 using testing::HasSubstr;
-using testing::IsEmpty;
 
 constexpr std::uint64_t kBytes = 8'000'000;
 const std::uint64_t kSegmentBytes = segment_bytes(kBytes);

@@ -7,9 +7,9 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <random>
 #include <span>
-#include <optional>
 #include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>

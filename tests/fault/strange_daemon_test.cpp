@@ -22,6 +22,7 @@ using testing::HasSubstr;
 using Builder = StandIn::Builder;
 
 constexpr int kMostDeaths = 10;
+constexpr std::int64_t kThreePages = 12'288;  // header, data, trailer
 
 class StrangeDaemon : public testing::Test {
  protected:
@@ -33,7 +34,7 @@ class StrangeDaemon : public testing::Test {
   [[nodiscard]] std::string path() const { return directory_.file("s"); }
 
   // A sealed array of four bytes, as the daemon describes it.
-  static flatbuffers::Offset<wire::ArrayInfo> array(Builder& b, std::uint64_t segment_bytes = 3 * 4096,
+  static flatbuffers::Offset<wire::ArrayInfo> array(Builder& b, std::uint64_t segment_bytes = kThreePages,
                                                     const char* dtype = "|u1") {
     const std::vector<std::uint64_t> shape = {4};
     return wire::CreateArrayInfoDirect(b, 5, "x", 1, dtype, &shape, wire::ByteOrder::c, 4, segment_bytes);
@@ -98,7 +99,7 @@ TEST_F(StrangeDaemon, IsNoReasonToAbort) {
   std::atomic<int> asked{0};
   Child program([&](const Link&) {
     const UniqueFd file(::memfd_create("segment", MFD_CLOEXEC));
-    ASSERT_EQ(::ftruncate(file.get(), 3 * 4096), 0);
+    ASSERT_EQ(::ftruncate(file.get(), kThreePages), 0);
     StandIn daemon(path(), [&](const wire::Request& request, Builder& b) {
       if (request.body_as_Attach() != nullptr) {
         const std::vector<flatbuffers::Offset<wire::ArrayInfo>> arrays = {array(b, asked++ == 0 ? 0 : 4096)};
@@ -148,7 +149,7 @@ TEST_F(StrangeDaemon, MayNotLeaseWhatItWasAskedFor) {
 // Whatever it answers, the next request is answered by the same session, and what was granted goes back.
 TEST_F(StrangeDaemon, EndsNoSessionWithItsAnswers) {
   const UniqueFd file(::memfd_create("segment", MFD_CLOEXEC));
-  ASSERT_EQ(::ftruncate(file.get(), 3 * 4096), 0);
+  ASSERT_EQ(::ftruncate(file.get(), kThreePages), 0);
   std::atomic<int> made{0};
   std::atomic<int> aborted{0};
   std::atomic<int> released{0};
@@ -157,7 +158,7 @@ TEST_F(StrangeDaemon, EndsNoSessionWithItsAnswers) {
     if (request.body_as_Ping() != nullptr) return StandIn::say(wire::CreatePong(b));
     if (request.body_as_AbortArray() != nullptr) ++aborted;
     if (request.body_as_Attach() != nullptr) {
-      const std::vector<flatbuffers::Offset<wire::ArrayInfo>> arrays = {array(b, 3 * 4096, "no dtype")};
+      const std::vector<flatbuffers::Offset<wire::ArrayInfo>> arrays = {array(b, kThreePages, "no dtype")};
       return StandIn::say(wire::CreateArraysDirect(b, &arrays), {file.get()});
     }
     if (request.body_as_StatArray() != nullptr) {  // no frame of the protocol's
@@ -167,7 +168,7 @@ TEST_F(StrangeDaemon, EndsNoSessionWithItsAnswers) {
     }
     if (request.body_as_MakeArray() == nullptr) return StandIn::say(wire::CreateDone(b));
     return ++made == 1 ? StandIn::say(wire::CreateCreated(b, array(b)))  // without its descriptors
-                       : StandIn::say(wire::CreateCreated(b, array(b, 3 * 4096, "no dtype")),
+                       : StandIn::say(wire::CreateCreated(b, array(b, kThreePages, "no dtype")),
                                       {file.get(), file.get()});
   });
   const Client client = connect(Milliseconds(0));

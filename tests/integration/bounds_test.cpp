@@ -101,7 +101,7 @@ TEST_F(Bounds, OfWhatASessionMaySayThatItHas) {
 // A batch as large as a batch may be, all of it refused, with as many slots asked for as there may be.
 TEST_F(Bounds, OfAReplyThatTellsOfEverySlotThatWasRefused) {
   const Client client = connect();
-  auto set = client.create_ragged("set", 2 * kMaxBatch);
+  auto set = client.create_ragged("set", std::uint64_t{2} * kMaxBatch);
   ASSERT_THAT(set, Succeeds());
   const std::uint64_t id = set->info()->id;
   RawPeer peer = RawPeer::greeted(socket());
