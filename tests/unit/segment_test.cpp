@@ -121,7 +121,7 @@ ArraySpec spec_with_header(std::size_t header_bytes) {
   const auto parse = [&] { return Dtype::parse("[" + fields + "]"); };
   for (int i = 0;; ++i) {
     fields += fmt::format("('field_{:04}', '<f4'), ", i);
-    const ArraySpec spec{*parse(), {3}};
+    ArraySpec spec{*parse(), {3}};
     if (!make_npy_header(spec, header_bytes)) return spec;
   }
 }

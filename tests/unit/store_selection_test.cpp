@@ -90,7 +90,8 @@ TEST_F(StoreSelection, WhatWasFoundMayBeGoneWhenItsTurnComes) {
 TEST_F(StoreSelection, NoSliceOfASearchTakesLong) {
   put_long_names(64);
   auto selection = matching(slow_patterns());
-  const std::uint64_t most = kSliceSteps + 64 * 20'000;  // glob_test.cpp: what one pattern takes at most
+  const std::uint64_t most =
+      kSliceSteps + 64 * std::uint64_t{20'000};  // glob_test.cpp: what one pattern takes at most
   int slices = 0;
   for (bool is_over = false; !is_over; ++slices) {
     const std::uint64_t before = selection.steps;
@@ -107,7 +108,7 @@ TEST_F(StoreSelection, ASearchThatTakesTooLongIsRefused) {
   Result<bool> is_over = false;
   while (is_over && !*is_over) is_over = store_->search(kAlice, selection);
   EXPECT_THAT(is_over, FailsWith(Errc::invalid_argument));
-  EXPECT_LE(selection.steps, kRequestSteps + kSliceSteps + 64 * 20'000);
+  EXPECT_LE(selection.steps, kRequestSteps + kSliceSteps + 64 * std::uint64_t{20'000});
 }
 
 TEST_F(StoreSelection, ListsPageByPageInTheOrderOfIds) {
