@@ -54,14 +54,14 @@ TEST(OsError, NamesTheCallAndItsObject) {
 TEST(OsError, NamesTheLimitOfTheProcess) {
   const std::string said = say_in_fork([] {
     for (const auto resource : {RLIMIT_AS, RLIMIT_FSIZE}) {
-      const rlimit limit{std::uint64_t{1} << 40U, RLIM_INFINITY};
+      const rlimit limit{std::uint64_t{1} << 50U, RLIM_INFINITY};
       if (::setrlimit(resource, &limit) != 0) return std::string("no limit can be set");
     }
     return os_error("mmap", "x", ENOMEM).message + "\n" + os_error("fallocate", "x", EFBIG).message + "\n" +
            os_error("open", "x", EMFILE).message + "\n" + os_error("open", "x", ENOSPC).message;
   });
-  EXPECT_THAT(said, testing::MatchesRegex("mmap x: Cannot allocate memory .*1099511627776: `ulimit -v`\\)\n"
-                                          "fallocate x: File too large .*1099511627776: `ulimit -f`\\)\n"
+  EXPECT_THAT(said, testing::MatchesRegex("mmap x: Cannot allocate memory .*1125899906842624: `ulimit -v`\\)\n"
+                                          "fallocate x: File too large .*1125899906842624: `ulimit -f`\\)\n"
                                           "open x: Too many open files .*: `ulimit -n`\\)\n"
                                           "open x: No space left on device"));
 }
