@@ -433,7 +433,7 @@ TEST_F(ResultsRestart, AJobFinishesWhileTheDaemonDiesAgainAndAgain) {
       auto open = own.open_results("job");
       const auto task = [&](Slot& slot) -> Result<void> {
         if (slot.index() % 50 == 7) {
-          const auto ok = answered([&] { return slot.allocate({Dtype::of<std::uint64_t>(), {3}}); });
+          auto ok = answered([&] { return slot.allocate({Dtype::of<std::uint64_t>(), {3}}); });
           if (!ok) return ok;
           (*slot.as<std::uint64_t>())[2] = slot.index();
           return {};

@@ -60,10 +60,11 @@ TEST(OsError, NamesTheLimitOfTheProcess) {
     return os_error("mmap", "x", ENOMEM).message + "\n" + os_error("fallocate", "x", EFBIG).message + "\n" +
            os_error("open", "x", EMFILE).message + "\n" + os_error("open", "x", ENOSPC).message;
   });
-  EXPECT_THAT(said, testing::MatchesRegex("mmap x: Cannot allocate memory .*1125899906842624: `ulimit -v`\\)\n"
-                                          "fallocate x: File too large .*1125899906842624: `ulimit -f`\\)\n"
-                                          "open x: Too many open files .*: `ulimit -n`\\)\n"
-                                          "open x: No space left on device"));
+  EXPECT_THAT(said,
+              testing::MatchesRegex("mmap x: Cannot allocate memory .*1125899906842624: `ulimit -v`\\)\n"
+                                    "fallocate x: File too large .*1125899906842624: `ulimit -f`\\)\n"
+                                    "open x: Too many open files .*: `ulimit -n`\\)\n"
+                                    "open x: No space left on device"));
 }
 
 TEST(OsError, TellsTheOutcomesThatCallersActOn) {
