@@ -98,7 +98,7 @@ Result<std::unique_ptr<Channel>> Connection::try_daemon(std::uint64_t session, s
   if (!channel || session == 0) return channel;
   const auto said = say_what_is_held(**channel, limit);
   if (said) return channel;
-  if (said.error().code == Errc::timed_out || said.error().code == Errc::out_of_memory) return error_of(said);
+  if (said.error().code != Errc::disconnected) return error_of(said);
   if ((*channel)->was_read()) ++tries.deaths;
   return fail(Errc::disconnected, fmt::format("the daemon at {} went away again", socket_));
 }
@@ -125,6 +125,8 @@ Result<void> Connection::say_all(Channel& channel, const Limit& limit) {
                      channel.finish(table);
                      const auto reply = channel.exchange(limit);
                      if (!reply) return error_of(reply);
+                     if (const auto* failure = (*reply)->body_as_Failure())
+                       return tl::unexpected(error_of_failure(*failure));
                      return {};
                    });
 }

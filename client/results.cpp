@@ -373,8 +373,9 @@ namespace {
 constexpr std::uint32_t kMostAtOnce = 64;                      // slots that work() takes at once
 constexpr auto kBatchTime = std::chrono::milliseconds(1);      // that they may take together
 constexpr std::size_t kMaxBatchBytes = std::size_t{48} << 10;  // of values, before they are committed early
-constexpr std::size_t kMaxCommit = 512;  // slots at once: earlier daemons cannot tell of more refusals
-constexpr std::uint32_t kPaceMs = 50;    // between two calls of a progress function
+constexpr std::size_t kMaxCommit = 512;    // slots at once: earlier daemons cannot tell of more refusals
+constexpr std::uint32_t kMostLosses = 10;  // attempts of a slot that may lose their daemon
+constexpr std::uint32_t kPaceMs = 50;      // between two calls of a progress function
 
 }  // namespace
 
@@ -502,6 +503,11 @@ Result<void> run(const ResultSet::Task& task, Slot& slot) {
   }
 }
 
+// Whether a task that ended with `error` has not failed: the daemon that it needed went away.
+bool may_be_tried_again(const Error& error, const Slot& slot) {
+  return error.code == Errc::disconnected && slot.attempt() < kMostLosses;
+}
+
 // Slots that were not taken although they are still held, as when their memory cannot be sealed.
 void fail_refused(detail::Slots& done, const detail::ResultSetImpl::Committed& committed) {
   for (const auto& refusal : committed.refused) {
@@ -557,6 +563,7 @@ Result<std::uint64_t> ResultSet::work(const Task& task, const WorkOptions& optio
     for (auto& impl : *todo) {
       Slot slot(std::move(impl));
       if (const auto ok = run(task, slot); !ok) {
+        if (may_be_tried_again(ok.error(), slot)) continue;  // its end gives it back
         const auto failed = slot.fail(ok.error().message, options.retry);
         if (!failed && failed.error().code != Errc::not_holder) return error_of(failed);
         continue;

@@ -25,7 +25,7 @@ enum class Errc : std::uint16_t {
   already_exists = 7,      // the name is taken and replacing was not asked for
   permission_denied = 8,   // the peer's credentials do not allow it
   out_of_memory = 9,       // the capacity or /dev/shm itself is full
-  quota_exceeded = 10,     // the owner holds as much as one owner may
+  quota_exceeded = 10,     // the owner, or this process (open files, mappings), has as much as it may
   still_writable = 11,     // a seal was asked for while somebody could still write
   busy = 12,               // in use in a way that forbids the request
   pinned = 13,             // pinned arrays are not evicted

@@ -74,7 +74,7 @@ std::uint64_t size_of(const std::string& text) {
 }
 
 // "500ms", "1.5s", "10", "2min", "1h".
-Milliseconds duration_of(const std::string& text) {
+Milliseconds duration_of(const std::string& option, const std::string& text) {
   double count = 0;
   const char* end = text.data() + text.size();
   const auto [stop, error] = std::from_chars(text.data(), end, count, std::chars_format::fixed);
@@ -84,7 +84,7 @@ Milliseconds duration_of(const std::string& text) {
   constexpr double kMostMs = 1e12;  // 31 years
   if (error != std::errc() || ms < 0 || ms > kMostMs) {
     throw CLI::ValidationError(
-        "--wait", fmt::format("{} is not a duration; write it as 500ms, 10s, 2min or 1h", printable(text)));
+        option, fmt::format("{} is not a duration; write it as 500ms, 10s, 2min or 1h", printable(text)));
   }
   return Milliseconds(std::llround(ms));
 }
@@ -225,6 +225,14 @@ std::string examples() {
   return out + "\nExit codes: 0 done, 1 refused, 2 wrong usage, 3 no daemon.";
 }
 
+void add_duration(CLI::App& app, const std::string& name, std::optional<Milliseconds>& target,
+                  const std::string& help) {
+  app.add_option_function<std::string>(
+         name, [name, &target](const std::string& text) { target = duration_of(name, text); }, help)
+      ->transform(&plain)
+      ->type_name("DURATION");
+}
+
 void declare_globals(CLI::App& app, Options& options) {
   app.set_version_flag("--version", fmt::format("cowctl {}", kVersion));
   add_text(app, "--socket", options.socket,
@@ -232,13 +240,14 @@ void declare_globals(CLI::App& app, Options& options) {
            "/run/cowmgr/cowmgr.sock")
       ->envname("COWMGR_SOCKET")
       ->type_name("PATH");
-  app.add_option_function<std::string>(
-         "--wait", [&options](const std::string& text) { options.wait = duration_of(text); },
-         "How long to wait for a daemon that is not there, as in 10s. Default: not at all, or 30s for the "
-         "next one when "
-         "it goes away under way")
-      ->transform(&plain)
-      ->type_name("DURATION");
+  add_duration(
+      app, "--wait", options.wait,
+      "How long to wait for a daemon that is not there, as in 10s. Default: not at all, or 30s for the "
+      "next one when it goes away under way");
+  add_duration(
+      app, "--timeout", options.timeout,
+      "How long a daemon that is there may take to answer, as in 5s. Default: 20s to greet and 1min for "
+      "what follows; put and evict, whose work depends on the size, as long as it takes");
   add_text(app, "--daemon-user", options.daemon_user,
            "Trust a daemon of this user, too. Default: one of your own, root's, or the owner's of a "
            "directory that "

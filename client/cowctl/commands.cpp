@@ -14,6 +14,7 @@
 namespace cowmgr::cli {
 namespace {
 
+constexpr Milliseconds kAnswer = std::chrono::minutes(1);
 constexpr std::size_t kPings = 9;  // odd, so that the median is one of them
 
 std::string quoted(const std::vector<std::string>& names) {
@@ -93,6 +94,8 @@ Result<Client> connect(const Options& options) {
   ConnectOptions how{
       .socket = options.socket, .command = options.command_name, .daemon_user = options.daemon_user};
   if (options.wait) how.wait = how.reconnect = *options.wait;
+  const bool takes_long = options.command == &run_put || options.command == &run_evict;
+  how.answer = options.timeout.value_or(takes_long ? kForever : kAnswer);
   return Client::connect(how);
 }
 

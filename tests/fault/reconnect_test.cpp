@@ -26,6 +26,7 @@
 #include "proto/fd_socket.hpp"
 #include "tests/support/child.hpp"
 #include "tests/support/daemon_fixture.hpp"
+#include "tests/support/insist.hpp"
 
 namespace cowmgr::test {
 namespace {
@@ -53,14 +54,6 @@ class Reconnect : public KeepingDaemonTest {
     pollfd end{open_pidfd(pid).release(), POLLIN, 0};
     const UniqueFd closes(end.fd);
     return ::poll(&end, 1, 0) == 1;
-  }
-  // Asks again when two daemons died of it, for all that the client knows.
-  template <class Ask>
-  static auto insist(const Ask& ask) {
-    auto answer = ask();
-    while (!answer && answer.error().message.find("is not sent a third time") != std::string::npos)
-      answer = ask();
-    return answer;
   }
   [[nodiscard]] static std::uint32_t views_of(const Client& client, const std::string& name) {
     const auto details = client.stat(name);

@@ -18,6 +18,7 @@
 #include "proto/segment.hpp"
 #include "tests/support/child.hpp"
 #include "tests/support/daemon_fixture.hpp"
+#include "tests/support/insist.hpp"
 
 namespace cowmgr::test {
 namespace {
@@ -411,14 +412,6 @@ TEST_F(ResultsRestart, ADamagedSetIsMovedAside) {
 
 // ---- A whole job ----
 
-// What two daemons in a row had read when they died is not sent to a third: whoever asked asks again.
-template <class Ask>
-auto answered(const Ask& ask) -> decltype(ask()) {
-  auto answer = ask();
-  while (!answer && answer.error().code == Errc::disconnected) answer = ask();
-  return answer;
-}
-
 // Workers of their own processes, a maker, and a daemon that dies again and again: every slot is committed
 // once, with the right bytes, and no other call of any of them fails.
 TEST_F(ResultsRestart, AJobFinishesWhileTheDaemonDiesAgainAndAgain) {
@@ -433,14 +426,13 @@ TEST_F(ResultsRestart, AJobFinishesWhileTheDaemonDiesAgainAndAgain) {
       auto open = own.open_results("job");
       const auto task = [&](Slot& slot) -> Result<void> {
         if (slot.index() % 50 == 7) {
-          auto ok = answered([&] { return slot.allocate({Dtype::of<std::uint64_t>(), {3}}); });
-          if (!ok) return ok;
+          if (auto ok = slot.allocate({Dtype::of<std::uint64_t>(), {3}}); !ok) return ok;
           (*slot.as<std::uint64_t>())[2] = slot.index();
           return {};
         }
         return slot.set_value(bytes_of(fmt::format("result {}", slot.index())));
       };
-      EXPECT_THAT(answered([&] { return open->work(task, {.batch = i == 0 ? 1U : 0U}); }), Succeeds());
+      EXPECT_THAT(insist([&] { return open->work(task, {.batch = i == 0 ? 1U : 0U}); }), Succeeds());
     }));
   }
   std::mt19937 random(11);

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "tests/fault/storm.hpp"
+#include "tests/support/insist.hpp"
 
 namespace cowmgr::test {
 namespace {
@@ -36,16 +37,10 @@ class StormClient {
     Array view;
   };
 
-  // A request that two daemons in a row had read when they died is not sent to a third: whoever asked asks
-  // again, and finds that it may be done.
   template <class Ask>
   auto ask(const Ask& ask_once) -> decltype(ask_once()) {
     may_be_done_ = false;
-    for (;;) {
-      auto answer = ask_once();
-      if (answer || answer.error().code != Errc::disconnected) return answer;
-      may_be_done_ = true;
-    }
+    return insist(ask_once, &may_be_done_);
   }
   [[nodiscard]] bool is_done(const Error& error, Errc sign) const {
     return may_be_done_ && error.code == sign;

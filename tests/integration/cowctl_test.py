@@ -608,6 +608,13 @@ class Show(CowctlTest):
         self.assertEqual(self.daemon.process.wait(TIMEOUT_S), 0)
         self.refuse("no_daemon", "ls", code=3)
 
+    def test_a_daemon_that_is_stopped(self):
+        self.daemon.process.send_signal(signal.SIGSTOP)
+        self.refuse("timed_out", "ping", "--timeout", "50ms", says="does not answer; is it stopped?")
+        self.refuse("timed_out", "evict", "x", "--timeout", "50ms", says="does not answer; is it stopped?")
+        self.daemon.process.send_signal(signal.SIGCONT)
+        self.run_text("ping", "--timeout", "1min")
+
     def test_where_the_daemon_is(self):
         nowhere = self.env(COWMGR_SOCKET="/nowhere")
         self.assertEqual(self.run_text("--socket", self.daemon.socket, "ping", env=nowhere)[-5:], "sock\n")

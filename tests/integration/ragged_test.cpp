@@ -197,6 +197,22 @@ TEST_F(Ragged, HandExceptionsBackWithTheirSlot) {
   EXPECT_EQ(text_of(set.value(4)), "ok") << "the others are there";
 }
 
+// As when two daemons died of what the task asked for; but what always dies of it must end.
+TEST_F(Ragged, GiveBackTheSlotOfATaskThatLostItsDaemon) {
+  const Client client = connect();
+  ResultSet set = make(client, 3);
+  const auto done = set.work([](Slot& slot) -> Result<void> {
+    if (slot.index() == 2 || (slot.index() == 1 && slot.attempt() < 5))
+      return fail(Errc::disconnected, "the daemon went away");
+    return slot.set_value(bytes_of(std::to_string(slot.attempt())));
+  });
+  EXPECT_THAT(done, testing::Optional(2U));
+  EXPECT_EQ(text_of(set.value(0)), "1");
+  EXPECT_EQ(text_of(set.value(1)), "5");
+  EXPECT_EQ(set.slot(2)->attempt, 10U);
+  EXPECT_EQ(set.slot(2)->reason, "the daemon went away");
+}
+
 TEST_F(Ragged, TryAgainUntilTheAttemptsAreUsedUp) {
   const Client client = connect();
   ResultSet set = make(client, 1, {.attempts = 3});

@@ -107,8 +107,8 @@ struct SlotInfo {
 
 // How work() goes about it.
 struct WorkOptions {
-  // Slots in one lease, and in one commit. 0: the library chooses: few when a slot takes long or few are
-  // left, so that no worker sits on what others could do; up to 64.
+  // Slots in one lease; up to 512 go in one commit. 0: the library chooses: few when a slot takes long or few
+  // are left, so that no worker sits on what others could do; up to 64.
   std::uint32_t batch = 0;
   // Whether a slot whose task failed may be tried again, where the set allows more attempts.
   Retry retry = Retry::allowed;
@@ -142,9 +142,10 @@ class ResultSet {
   [[nodiscard]] Result<Slot> lease_slot(std::uint64_t index);
 
   // Calls `task` for slot after slot, in this thread, until none is left, and commits them in batches. A task
-  // that returns an error, or throws, fails its slot with that message. Returns how many were committed. A
-  // slot whose lease ended meanwhile is passed over: somebody else has it. Errors: as lease(), but for
-  // timed_out.
+  // that returns an error, or throws, fails its slot with that message; one that returns `disconnected` gives
+  // it back instead, to be tried again, unless that was the slot's tenth attempt. Returns how many were
+  // committed. A slot whose lease ended meanwhile is passed over: somebody else has it. Errors: as lease(),
+  // but for timed_out.
   using Task = std::function<Result<void>(Slot&)>;
   [[nodiscard]] Result<std::uint64_t> work(const Task& task, const WorkOptions& options = {});
 
