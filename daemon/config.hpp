@@ -7,8 +7,8 @@
 #include <optional>
 #include <string>
 
-#include "daemon/cgroup.hpp"
-#include "daemon/quota.hpp"
+#include "daemon/shm/cgroup.hpp"
+#include "daemon/store/charges.hpp"
 #include "proto/errors.hpp"
 
 namespace cowmgr {

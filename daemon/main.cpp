@@ -12,11 +12,11 @@
 #include <systemd/sd-daemon.h>
 
 #include "daemon/config.hpp"
-#include "daemon/core.hpp"
-#include "daemon/descriptors.hpp"
-#include "daemon/log.hpp"
-#include "daemon/recovery.hpp"
-#include "daemon/server.hpp"
+#include "daemon/core/core.hpp"
+#include "daemon/core/log.hpp"
+#include "daemon/peers/server.hpp"
+#include "daemon/shm/descriptors.hpp"
+#include "daemon/store/recovery.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/instance_lock.hpp"
 #include "proto/lock_file.hpp"
@@ -71,7 +71,7 @@ tl::unexpected<Error> cannot_look(const Error& error, const ShmEnv& env) {
 }
 
 // What an earlier daemon of the instance left, whether it was killed or stopped.
-Result<void> take_over(const ShmEnv& env, Core& core) {
+Result<void> take_over(const ShmEnv& env, Core& core, Housekeeping& housekeeping) {
   if (core.purges) {
     (void)core.fd_store.take_kept();
     core.fd_store.forget_all();
@@ -86,8 +86,7 @@ Result<void> take_over(const ShmEnv& env, Core& core) {
   auto recovered = recover(env, core.store, core.results, core.fd_store, Core::moment());
   if (!recovered) return cannot_look(recovered.error(), env);
   Recovery& recovery = *recovered;
-  core.settle();  // lower versions of a name go
-  core.look_after_arrays();
+  housekeeping.look_after_arrays();
   if (recovery.arrays + recovery.sets + recovery.unsealed + recovery.quarantined + recovery.foreign == 0)
     return {};
   spdlog::info(
@@ -99,7 +98,7 @@ Result<void> take_over(const ShmEnv& env, Core& core) {
       recovery.unlinked > 0 ? fmt::format(", {} had lost their files", recovery.unlinked) : "", recovery.sets,
       recovery.unsealed, recovery.awaited.size(), core.config.grace.count(), recovery.quarantined,
       recovery.foreign);
-  core.await_sessions(std::move(recovery.awaited));
+  housekeeping.await_sessions(recovery.awaited);
   return {};
 }
 
@@ -148,12 +147,13 @@ Result<void> serve_until_stopped(Config& config) {
   // One thread uses the sockets; the pool's threads only post what they have done.
   asio::io_context io(BOOST_ASIO_CONCURRENCY_HINT_UNSAFE_IO);
   Core core(io, config, env);
+  Housekeeping housekeeping(core);
   UniqueFd names = env.watch_names();
-  if (auto taken = take_over(env, core); !taken) {
+  if (auto taken = take_over(env, core, housekeeping); !taken) {
     ::unlink(config.socket.c_str());
     return taken;
   }
-  Server server(io, core, *std::move(listener), std::move(names));
+  Server server(io, core, housekeeping, *std::move(listener), std::move(names));
   spdlog::info("cowmgr {} serves instance '{}' at {}, capacity {}, protection {}", kVersion, config.instance,
                config.socket, format_size(config.capacity_bytes), env.has_leases() ? "verified" : "advisory");
   ::sd_notify(0, "READY=1");

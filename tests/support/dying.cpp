@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <unistd.h>
 
-#include "daemon/state_change.hpp"
+#include "daemon/shm/state_change.hpp"
 
 namespace cowmgr {
 namespace {

@@ -14,7 +14,7 @@
 
 #include <fmt/format.h>
 
-#include "daemon/results.hpp"
+#include "daemon/store/results.hpp"
 #include "proto/mapping.hpp"
 #include "tests/support/result_memory.hpp"
 #include "tests/support/store_fixture.hpp"
@@ -47,13 +47,14 @@ class ResultSetsTest : public StoreTest {
   SlotMemory slot_memory(const ResultRecord& record, const ResultTerms& terms) {
     const ResultLayout layout = result_layout(record);
     const std::uint64_t size_bytes = std::min(layout.max_bytes, layout.values_offset + 4 * kPageBytes);
-    EXPECT_THAT(store_->charge_segment(record.owner_uid, size_bytes), Succeeds());
+    auto room = store_->take_room(record.owner_uid, size_bytes);
+    EXPECT_THAT(room, Succeeds());
     Segment segment = make_segment(store_->next_id(), size_bytes, "");
     segment.lease.reset();
     auto mapping = Mapping::map(segment.writer.get(), layout.max_bytes, Access::read_write);
     EXPECT_THAT(mapping, Succeeds());
     write_result_header(mapping->data(), record, layout, terms.job);
-    return {std::move(segment), *std::move(mapping)};
+    return {std::move(segment), *std::move(room), *std::move(mapping)};
   }
 
   // What a set is to be, but for the number of its slots and whether it is ragged.
@@ -186,9 +187,10 @@ class ResultSetsTest : public StoreTest {
   // ---- What the daemon does after each request, and when a session ends ----
 
   std::vector<ArrayId> finish() {
-    std::vector<ArrayId> refused;
-    for (const auto& set : results_->finish_settled(tick())) refused.push_back(set.set);
-    return refused;
+    results_->finish_settled(tick());
+    for (const ArrayId id : std::set<ArrayId>(results_->unsealed()))
+      std::ignore = results_->seal_again(id, tick());
+    return {results_->unsealed().begin(), results_->unsealed().end()};
   }
   void forget_dropped() {
     for (const ArrayId array : store_->take_dropped()) results_->forget_array(array);

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "daemon/store.hpp"
+#include "daemon/store/store.hpp"
 #include "tests/support/shm_fixture.hpp"
 #include "tests/unit/result.hpp"
 
@@ -141,7 +141,6 @@ class StoreTest : public ShmTest {
   void reclaim() {
     for (Garbage& garbage : store_->take_garbage()) {
       EXPECT_TRUE(env_.try_remove(garbage.segment)) << "nobody else has it";
-      store_->reclaimed(garbage.size_bytes);
     }
   }
 

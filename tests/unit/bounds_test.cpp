@@ -1,5 +1,5 @@
 // What an honest client says in one frame is within the bounds, however full the frame is.
-#include "daemon/bounds.hpp"
+#include "daemon/requests/bounds.hpp"
 
 #include <functional>
 #include <string>

@@ -1,5 +1,5 @@
 // Hierarchies of control groups, made up of plain files.
-#include "daemon/cgroup.hpp"
+#include "daemon/shm/cgroup.hpp"
 
 #include <filesystem>
 #include <fstream>

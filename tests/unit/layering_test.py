@@ -8,26 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-# The daemon's files from bottom to top. A name stands for name.hpp, name.cpp and name_*.{hpp,cpp}. A file includes
-# its own layer and those below it.
-DAEMON_LAYERS = [
-    ["state_change", "undo", "cgroup", "closer", "log", "peer_log"],
-    ["shm_env", "shm_holders", "peer", "quota", "descriptors", "fd_store"],
-    ["slot_table"],
-    ["selection"],
-    ["store", "store_adoption"],
-    ["results"],
-    ["recovery"],
-    ["bounds", "wire", "reply_room", "config"],
-    ["core"],
-    ["channel"],
-    ["session"],
-    ["grants"],
-    ["requests", "result_requests"],
-    ["serve"],
-    ["server"],
-    ["main"],
-]
+# The daemon's folders, and the files beside them, from bottom to top. A file includes what lies beside it, without
+# circles, and what lies below.
+DAEMON_LAYERS = ["shm", "store", "config", "core", "requests", "peers", "main"]
 
 # What each part may include of this project. The longest matching folder counts; tests/ may include everything.
 PARTS = {
@@ -37,7 +20,7 @@ PARTS = {
     "client/include/cowmgr/": ("proto/", "cowmgr/"),
 }
 NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
-SHM_FILE = "daemon/shm_env.cpp"
+SHM_FILE = "daemon/shm/shm_env.cpp"
 SHM_CALL_ELSEWHERE = {("proto/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
 SHM_CALL = re.compile(
     r"\b(shm_open|shm_unlink|(?:posix_)?fallocate(?:64)?|ftruncate(?:64)?|F_SETLEASE|MADV_COLLAPSE)\b")
@@ -103,9 +86,9 @@ class Tree:
             self.check_layer(file, line, name)
 
     def check_layer(self, file, line, name):
-        (lower, below), (_, above) = layer_of(file), layer_of(name)
-        if below is not None and above is not None and above > below:
-            self.problem(file, line, f'"{name}" is above {lower}: includes flow down.')
+        below, above = layer_of(file), layer_of(name)
+        if None not in (below, above) and DAEMON_LAYERS.index(above) > DAEMON_LAYERS.index(below):
+            self.problem(file, line, f'"{name}" is above daemon/{below}: includes flow down.')
 
     def check_library_file(self, file, code):
         if file in LIBRARY_MUTEX_FILES:
@@ -115,8 +98,8 @@ class Tree:
                          f"{match[0]}: a forked child may find it locked; use pool_mutex() of client/fork_guard.hpp.")
 
     def check_daemon_file(self, file, code):
-        if layer_of(file)[1] is None:
-            self.problem(file, 1, "this file has no layer: name it in DAEMON_LAYERS of tests/unit/layering_test.py.")
+        if layer_of(file) is None:
+            self.problem(file, 1, "this file has no layer: its folder is none of DAEMON_LAYERS of tests/unit/layering_test.py.")
         if file == SHM_FILE:
             return
         for match in SHM_CALL.finditer(code):
@@ -149,12 +132,9 @@ class Tree:
 
 
 def layer_of(file):
-    """The name in DAEMON_LAYERS that a file of the daemon goes by, and its height; (stem, None) if it has none."""
-    stem = Path(file).stem
-    heights = {name: height for height, names in enumerate(DAEMON_LAYERS) for name in names}
-    names = [name for name in heights if stem == name or stem.startswith(name + "_")]
-    name = max(names, key=len, default=stem)
-    return name, heights.get(name)
+    """The folder of the daemon that a file lies in, or its own name; None if that has no layer."""
+    name = Path(file).relative_to("daemon").with_suffix("").parts[0]
+    return name if name in DAEMON_LAYERS else None
 
 
 def main():

@@ -1,4 +1,4 @@
-#include "daemon/log.hpp"
+#include "daemon/core/log.hpp"
 
 #include <chrono>
 #include <csignal>
@@ -12,7 +12,7 @@
 #include <gtest/gtest.h>
 #include <spdlog/spdlog.h>
 
-#include "daemon/peer_log.hpp"
+#include "daemon/core/peer_log.hpp"
 #include "tests/support/forked.hpp"
 
 namespace cowmgr {

@@ -1,4 +1,4 @@
-#include "daemon/peer.hpp"
+#include "daemon/store/peer.hpp"
 
 #include <csignal>
 #include <cstdio>

@@ -15,18 +15,18 @@ namespace {
 
 TEST_F(ResultSetsTest, AQueueGivesItsOldestSetThatHasAFreeSlot) {
   const Terms in_queue{.queue = "q"};
-  EXPECT_EQ(results_->open_queued(kAlice, "q"), nullptr);
+  EXPECT_EQ(results_->open_queued(kAlice, "q", now()), nullptr);
   make(kAlice, "elsewhere", 1);
   const ArrayId first = make_ragged(kAlice, "first", 1, {}, in_queue);
   const ArrayId second = make(kAlice, "second", 2, {}, in_queue);
-  EXPECT_EQ(results_->open_queued(kAlice2, "q")->id, first);
-  EXPECT_EQ(results_->open_queued(kAlice2, "another"), nullptr);
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now())->id, first);
+  EXPECT_EQ(results_->open_queued(kAlice2, "another", now()), nullptr);
   lease(kAlice2, first);
-  EXPECT_EQ(results_->open_queued(kAlice2, "q")->id, second);
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now())->id, second);
   lease(kAlice2, second, 2, false);
-  EXPECT_EQ(results_->open_queued(kAlice2, "q"), nullptr);
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now()), nullptr);
   EXPECT_THAT(results_->give_back(kAlice2, set(first), 0, now().time), Succeeds());
-  EXPECT_EQ(results_->open_queued(kAlice2, "q")->id, first) << "what came back is older";
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now())->id, first) << "what came back is older";
 }
 
 // To take work from a queue is to do what its maker says: that must not be a stranger's word, whatever the
@@ -34,14 +34,47 @@ TEST_F(ResultSetsTest, AQueueGivesItsOldestSetThatHasAFreeSlot) {
 TEST_F(ResultSetsTest, AQueueGivesNobodyAnotherUsersSets) {
   make(kAlice, "r", 1, {.mode = 0666}, {.queue = "q"});
   for (const SessionId other : {kMate, kStranger, kRoot, kAdmin})
-    EXPECT_EQ(results_->open_queued(other, "q"), nullptr) << other;
-  EXPECT_NE(results_->open_queued(kAlice2, "q"), nullptr);
+    EXPECT_EQ(results_->open_queued(other, "q", now()), nullptr) << other;
+  EXPECT_NE(results_->open_queued(kAlice2, "q", now()), nullptr);
 }
 
 TEST_F(ResultSetsTest, AQueueForgetsSetsThatHaveEnded) {
   const ArrayId cancelled = make(kAlice, "r", 1, {}, {.queue = "q"});
   EXPECT_THAT(results_->cancel(kAlice, set(cancelled), false), Succeeds());
-  EXPECT_EQ(results_->open_queued(kAlice, "q"), nullptr);
+  EXPECT_EQ(results_->open_queued(kAlice, "q", now()), nullptr);
+}
+
+// Who found a set through its queue is expected to ask for a slot, so nobody else is woken for that; until it
+// asks, or dies, or its time is over.
+TEST_F(ResultSetsTest, AQueueSendsOneWorkerForASlot) {
+  const ArrayId first = make(kAlice, "first", 1, {}, {.queue = "q"});
+  const ArrayId second = make(kAlice, "second", 1, {}, {.queue = "q"});
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 2U);
+  EXPECT_EQ(results_->open_queued(kAlice, "q", now())->id, first);
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 1U);
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now())->id, second) << "another's, though the first is free";
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 0U);
+  lease(kAlice, first);
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 0U);
+  ignore_changes();
+  end_session(kAlice2);
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 1U);
+  EXPECT_EQ(changes_of(second), "changed free") << "so that the next one is woken";
+}
+
+TEST_F(ResultSetsTest, AQueueSendsAnotherWorkerWhenOneDoesNotCome) {
+  const ArrayId id = make(kAlice, "r", 1, {}, {.queue = "q"});
+  EXPECT_EQ(results_->open_queued(kAlice2, "q", now())->id, id);
+  ASSERT_TRUE(results_->next_deadline());
+  ignore_changes();
+  pass(199);
+  results_->expire(now());
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 0U);
+  pass(1);
+  results_->expire(now());
+  EXPECT_EQ(results_->free_in_queue(kAliceUid, "q"), 1U);
+  EXPECT_EQ(changes_of(id), "changed free");
+  EXPECT_FALSE(results_->next_deadline());
 }
 
 // ---- Jobs ----

@@ -1,4 +1,4 @@
-#include "daemon/shm_env.hpp"
+#include "daemon/shm/shm_env.hpp"
 
 #include <algorithm>
 #include <atomic>

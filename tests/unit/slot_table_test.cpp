@@ -1,4 +1,4 @@
-#include "daemon/slot_table.hpp"
+#include "daemon/store/slot_table.hpp"
 
 #include <algorithm>
 #include <chrono>

@@ -4,7 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "daemon/store.hpp"
+#include "daemon/store/store.hpp"
 #include "tests/support/store_fixture.hpp"
 
 namespace cowmgr {
@@ -101,37 +101,40 @@ TEST_F(StoreForResults, TellsOnceWhichArraysAreGone) {
 
 TEST_F(StoreForResults, ASegmentThatIsNoArrayTakesRoomAndEvictsForIt) {
   const ArrayId evictable = put(kAlice, "evictable", {.pages = 60, .evictable = true});
-  EXPECT_THAT(store_->charge_segment(kAliceUid, 40 * kPageBytes), Succeeds());
-  EXPECT_EQ(used_pages(), 100U);
-  EXPECT_THAT(store_->charge_segment(kAliceUid, 61 * kPageBytes), FailsWith(Errc::out_of_memory));
-  EXPECT_THAT(store_->charge_growth(kAliceUid, 61 * kPageBytes), FailsWith(Errc::out_of_memory));
-  EXPECT_TRUE(exists(evictable));
-  EXPECT_THAT(store_->charge_growth(kAliceUid, 1), FailsWith(Errc::out_of_memory));
-  EXPECT_FALSE(exists(evictable));  // its memory is on its way back
-  reclaim();
-  EXPECT_THAT(store_->charge_growth(kAliceUid, 20 * kPageBytes), Succeeds());
-  EXPECT_EQ(used_pages(), 60U);
-  store_->release_growth(kAliceUid, 20 * kPageBytes);
-  EXPECT_EQ(used_pages(), 40U);
-  store_->release_segment(kAliceUid, 40 * kPageBytes);
+  {
+    auto room = store_->take_room(kAliceUid, 40 * kPageBytes);
+    ASSERT_THAT(room, Succeeds());
+    EXPECT_EQ(used_pages(), 100U);
+    EXPECT_THAT(store_->take_room(kAliceUid, 61 * kPageBytes), FailsWith(Errc::out_of_memory));
+    EXPECT_THAT(store_->extend(*room, 61 * kPageBytes), FailsWith(Errc::out_of_memory));
+    EXPECT_TRUE(exists(evictable));
+    EXPECT_THAT(store_->extend(*room, 1), FailsWith(Errc::out_of_memory));
+    EXPECT_FALSE(exists(evictable));  // its memory is on its way back
+    reclaim();
+    EXPECT_THAT(store_->extend(*room, 20 * kPageBytes), Succeeds());
+    EXPECT_EQ(used_pages(), 60U);
+    room->shrink(20 * kPageBytes);
+    EXPECT_EQ(used_pages(), 40U);
+  }
   EXPECT_EQ(used_pages(), 0U);
 }
 
 TEST_F(StoreForResults, ADiscardedSegmentTakesRoomUntilItIsReclaimed) {
-  ASSERT_THAT(store_->charge_segment(kAliceUid, 3 * kPageBytes), Succeeds());
+  auto room = store_->take_room(kAliceUid, 3 * kPageBytes);
+  ASSERT_THAT(room, Succeeds());
   const ArrayId id = store_->next_id();
   Segment segment = make_segment(id, 3 * kPageBytes, "");
-  ASSERT_THAT(store_->charge_growth(kAliceUid, 2 * kPageBytes), Succeeds());
+  ASSERT_THAT(store_->extend(*room, 2 * kPageBytes), Succeeds());
   ASSERT_THAT(env_.grow(segment, 5 * kPageBytes), Succeeds());
   segment.size_bytes = 5 * kPageBytes;
   EXPECT_TRUE(has_name(id));
-  store_->discard(kAliceUid, std::move(segment));
+  store_->discard(*std::move(room), std::move(segment));
   EXPECT_FALSE(has_name(id));
   EXPECT_EQ(used_pages(), 5U);
-  EXPECT_EQ(store_->reclaiming_bytes(), 5 * kPageBytes);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 5 * kPageBytes);
   reclaim();
   EXPECT_EQ(used_pages(), 0U);
-  EXPECT_EQ(store_->reclaiming_bytes(), 0U);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 0U);
 }
 
 TEST_F(StoreForResults, SegmentsAndArraysNeverShareAnId) {
@@ -169,29 +172,40 @@ class StoreForResultsWithQuota : public StoreTest {
 
 TEST_F(StoreForResultsWithQuota, MemoryThatIsNoArrayIsChargedToItsOwner) {
   constexpr std::uint64_t kTen = 10 * kPageBytes;
-  ASSERT_THAT(store_->charge_segment(kAliceUid, kTen), Succeeds());
-  EXPECT_THAT(store_->charge_segment(kAliceUid, kTen + 1), FailsWith(Errc::quota_exceeded));
-  EXPECT_THAT(store_->charge_growth(kAliceUid, kTen + 1), FailsWith(Errc::quota_exceeded));
+  auto room = store_->take_room(kAliceUid, kTen);
+  ASSERT_THAT(room, Succeeds());
+  EXPECT_THAT(store_->take_room(kAliceUid, kTen + 1), FailsWith(Errc::quota_exceeded));
+  EXPECT_THAT(store_->extend(*room, kTen + 1), FailsWith(Errc::quota_exceeded));
   EXPECT_EQ(used_pages(), 10U);
-  EXPECT_THAT(store_->charge_growth(kAliceUid, kTen), Succeeds());
+  EXPECT_THAT(store_->extend(*room, kTen), Succeeds());
   EXPECT_THAT(try_reserve(kAlice, "x", {.pages = 2}), FailsWith(Errc::quota_exceeded));
-  store_->discard(kAliceUid, make_segment(store_->next_id(), 2 * kTen, ""));
+  store_->discard(*std::move(room), make_segment(store_->next_id(), 2 * kTen, ""));
   put(kAlice, "x", {.pages = 18});
   put(kAlice, "y", {.pages = 2});
-  ASSERT_THAT(store_->charge_segment(kAliceUid, 0), Succeeds());
-  EXPECT_THAT(store_->charge_segment(kAliceUid, 0), FailsWith(Errc::quota_exceeded));  // the fourth
-  store_->release_segment(kAliceUid, 0);
+  {
+    const auto third = store_->take_room(kAliceUid, 0);
+    ASSERT_THAT(third, Succeeds());
+    EXPECT_THAT(store_->take_room(kAliceUid, 0), FailsWith(Errc::quota_exceeded)) << "the fourth";
+  }
+  EXPECT_THAT(store_->take_room(kAliceUid, 0), Succeeds());
   put(kMate, "all of hers", {.pages = 20});
 }
 
 TEST_F(StoreForResultsWithQuota, MemoryThatWasNotToBeHadIsNotCharged) {
-  for (const uid_t uid : {2001U, 2002U, 2003U, 2004U})
-    ASSERT_THAT(store_->charge_segment(uid, 20 * kPageBytes), Succeeds());
-  ASSERT_THAT(store_->charge_segment(2005, 15 * kPageBytes), Succeeds());
-  EXPECT_THAT(store_->charge_segment(kAliceUid, 10 * kPageBytes), FailsWith(Errc::out_of_memory));
-  EXPECT_THAT(store_->charge_growth(kAliceUid, 10 * kPageBytes), FailsWith(Errc::out_of_memory));
-  store_->release_segment(2001, 20 * kPageBytes);
-  EXPECT_THAT(store_->charge_segment(kAliceUid, 20 * kPageBytes), Succeeds());
+  std::vector<Room> rooms;
+  const auto take = [&](uid_t user, std::uint64_t pages) {
+    auto room = store_->take_room(user, pages * kPageBytes);
+    ASSERT_THAT(room, Succeeds());
+    rooms.push_back(*std::move(room));
+  };
+  for (const uid_t uid : {2001U, 2002U, 2003U, 2004U}) take(uid, 20);
+  take(2005, 15);
+  take(kAliceUid, 1);
+  EXPECT_THAT(store_->take_room(kAliceUid, 10 * kPageBytes), FailsWith(Errc::out_of_memory));
+  EXPECT_THAT(store_->extend(rooms.back(), 10 * kPageBytes), FailsWith(Errc::out_of_memory));
+  rooms.pop_back();
+  rooms.front() = {};
+  EXPECT_THAT(store_->take_room(kAliceUid, 20 * kPageBytes), Succeeds());
 }
 
 TEST_F(StoreForResultsWithQuota, AnArrayForAnotherOwnerIsChargedToHim) {

@@ -40,7 +40,6 @@ class StoreRewrite : public StoreTest {
   void reclaim() {
     for (Garbage& garbage : store_->take_garbage()) {
       EXPECT_TRUE(env_.try_remove(garbage.segment)) << "nobody else has it";
-      store_->reclaimed(garbage.size_bytes);
     }
   }
 };

@@ -1,4 +1,4 @@
-#include "daemon/store.hpp"
+#include "daemon/store/store.hpp"
 
 #include <chrono>
 #include <fcntl.h>
@@ -291,9 +291,9 @@ TEST_F(StoreTest, EvictTakesTheNameNowAndTheMemoryWithTheLastView) {
   const ArrayId again = put(kAlice, "x");
   EXPECT_EQ(record(again).version, 2U);
   release(kAlice2, id);
-  EXPECT_EQ(store_->reclaiming_bytes(), 3 * kPageBytes);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 3 * kPageBytes);
   reclaim();
-  EXPECT_EQ(store_->reclaiming_bytes(), 0U);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 0U);
 }
 
 TEST_F(StoreTest, EvictSaysWhatItFreed) {
@@ -370,7 +370,7 @@ TEST_F(StoreTest, MakesRoomByEvictingTheLeastRecentlyUsed) {
   release(kAlice, a);
   // Its memory is on its way back: the caller tries again when it has come.
   EXPECT_THAT(try_reserve(kStranger, "new", {.pages = 40}), FailsWith(Errc::out_of_memory));
-  EXPECT_EQ(store_->reclaiming_bytes(), 30 * kPageBytes);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 30 * kPageBytes);
   EXPECT_FALSE(exists(b));
   reclaim();
   EXPECT_EQ(record(reserve(kStranger, "new", {.pages = 40})).name, "new");
@@ -385,7 +385,7 @@ TEST_F(StoreTest, NobodyIsEvictedWhenThatWouldNotSuffice) {
   EXPECT_THAT(try_reserve(kAlice, "new", {.pages = 71}), FailsWith(Errc::out_of_memory));
   EXPECT_THAT(try_reserve(kAlice, "new", {.pages = 101}), FailsWith(Errc::out_of_memory));
   EXPECT_TRUE(exists(evictable));
-  EXPECT_EQ(store_->reclaiming_bytes(), 0U);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 0U);
 }
 
 TEST_F(StoreTest, PinnedViewedAndUnsealedArraysAreNotEvictedForRoom) {
@@ -439,7 +439,8 @@ TEST_F(StoreTest, WhatOutOfMemorySaysAddsUpToTheCapacity) {
   write(kAlice, "written", {.pages = 15});
   put(kAlice, "garbage", {.pages = 16});
   ASSERT_THAT(evict(kAlice, {"garbage"}), Succeeds());
-  ASSERT_THAT(store_->charge_segment(kAliceUid, 2 * kPageBytes), Succeeds());
+  const auto slots = store_->take_room(kAliceUid, 2 * kPageBytes);
+  ASSERT_THAT(slots, Succeeds());
   const auto refused = try_reserve(kAlice, "new", {.pages = 60});
   ASSERT_THAT(refused, FailsWith(Errc::out_of_memory));
   const auto sizes = sizes_in(refused.error().message);
@@ -537,7 +538,7 @@ TEST_F(StoreWithQuota, WhatOutsidersKeepTakesRoomAndIsTheirOwnersUntilTheyGo) {
   EXPECT_THAT(try_reserve(kAlice, "y"), FailsWith(Errc::quota_exceeded));
   outsider.reset();
   EXPECT_TRUE(env_.try_remove(garbage[0].segment));
-  store_->end_outside(garbage[0]);
+  garbage.clear();
   EXPECT_EQ(used_pages(), 0U);
   EXPECT_FALSE(has_name(id));
   write(kAlice, "y", {.pages = 20});
@@ -596,7 +597,7 @@ TEST_F(StoreTest, MemoryThatComesAfterItsSessionEndedIsGarbage) {
   store_->close_session(kAlice);
   EXPECT_FALSE(exists(id));
   EXPECT_EQ(used_pages(), 3U);  // it is being made, so it is taken
-  EXPECT_EQ(store_->reclaiming_bytes(), 3 * kPageBytes);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 3 * kPageBytes);
   EXPECT_THAT(store_->back(id, std::move(segment)), FailsWith(Errc::not_found));
   EXPECT_EQ(used_pages(), 3U);
   reclaim();
@@ -614,7 +615,7 @@ TEST_F(StoreTest, MemoryThatCouldNotBeHadFreesItsRoomWithAndWithoutTheRecord) {
   EXPECT_EQ(used_pages(), 3U);
   store_->fail_backing(orphan);
   EXPECT_EQ(used_pages(), 0U);
-  EXPECT_EQ(store_->reclaiming_bytes(), 0U);
+  EXPECT_EQ(store_->bytes(MemoryState::reclaiming), 0U);
 }
 
 // ---- Tampering ----

@@ -1,0 +1,61 @@
+#include "daemon/core/background.hpp"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <boost/asio/as_tuple.hpp>
+
+namespace cowmgr {
+namespace {
+
+constexpr std::uint64_t kSmallBytes = std::uint64_t{64} << 20;  // some 10 ms, where memory is slow 50
+constexpr int kLongNice = 10;  // long work gives way to the loop, and to the workers whose machine it is
+
+}  // namespace
+
+LaneKind lane_for(std::uint64_t size_bytes) noexcept {
+  return size_bytes <= kSmallBytes ? LaneKind::small : LaneKind::large;
+}
+
+void Lane::stand_back(int nice) noexcept {
+  // nice is an attribute of the thread in Linux, whatever POSIX says (setpriority(2)).
+  thread_local const int lowered =
+      nice > 0 ? ::setpriority(PRIO_PROCESS, static_cast<id_t>(::gettid()), nice) : 0;
+  (void)lowered;  // a daemon that may not lower itself is only less polite
+}
+
+asio::awaitable<void> Lane::wait_for_turn(uid_t user) {
+  asio::steady_timer turn(io_, asio::steady_timer::time_point::max());
+  waiting_[user].push_back(&turn);
+  (void)co_await turn.async_wait(asio::as_tuple(asio::use_awaitable));  // next() has made it this one's
+}
+
+// The first of the next user in order of uids, round and round.
+void Lane::next() noexcept {
+  auto at = waiting_.upper_bound(last_);
+  if (at == waiting_.end()) at = waiting_.begin();
+  if (at == waiting_.end()) {
+    is_busy_ = false;
+    return;
+  }
+  last_ = at->first;
+  at->second.front()->cancel();
+  at->second.pop_front();
+  if (at->second.empty()) waiting_.erase(at);
+}
+
+Background::Background(asio::io_context& io) : small_(io, 0), large_(io, kLongNice), scan_(io, kLongNice) {}
+
+Lane& Background::lane(LaneKind kind) noexcept {
+  switch (kind) {
+    case LaneKind::small:
+      return small_;
+    case LaneKind::large:
+      return large_;
+    case LaneKind::scan:
+      break;
+  }
+  return scan_;
+}
+
+}  // namespace cowmgr

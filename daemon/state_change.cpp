@@ -1,7 +1,0 @@
-#include "daemon/state_change.hpp"
-
-namespace cowmgr {
-
-void note_state_change() noexcept {}
-
-}  // namespace cowmgr
