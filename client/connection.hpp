@@ -46,24 +46,10 @@
 #include "proto/fd_socket.hpp"
 #include "proto/frames.hpp"
 #include "proto/mapping.hpp"
+#include "proto/requests.hpp"
 #include "proto/unique_fd.hpp"
 
 namespace cowmgr::detail {
-
-// Whether a request is sent again when the daemon went away: the next one does not do twice what the last has
-// done. What ends something is not: it is left out of what the next daemon is told that this process has.
-template <class Table>
-inline constexpr bool kIsSentAgain = true;
-template <>
-inline constexpr bool kIsSentAgain<wire::AbortArray> = false;
-template <>
-inline constexpr bool kIsSentAgain<wire::GiveBackSlots> = false;
-template <>
-inline constexpr bool kIsSentAgain<wire::Unmapped> = false;
-template <>
-inline constexpr bool kIsSentAgain<wire::Release> = false;
-template <>
-inline constexpr bool kIsSentAgain<wire::Shutdown> = false;
 
 [[nodiscard]] Error error_of_failure(const wire::Failure& failure);
 
@@ -189,7 +175,8 @@ class Connection {
   [[nodiscard]] auto try_call(const Build& build, const Take& take, Attempt& attempt)
       -> std::invoke_result_t<Take, Reply<Body>&> {
     using Table = typename TableOf<std::invoke_result_t<Build, Builder&>>::Type;
-    attempt.is_repeatable = kIsSentAgain<Table> && reconnect_.count() > 0;
+    attempt.is_repeatable =
+        rule_of(wire::RequestBodyTraits<Table>::enum_value).is_sent_again && reconnect_.count() > 0;
     attempt.may_try_again = false;
     auto use = begin_use(attempt.is_repeatable, attempt.limit);
     if (!use) return error_of(std::move(use));

@@ -9,6 +9,7 @@ namespace cowmgr {
 namespace {
 
 constexpr std::uint64_t kSmallBytes = std::uint64_t{64} << 20;  // some 10 ms, where memory is slow 50
+constexpr std::size_t kLargeThreads = 2;  // one may zero gigabytes while another gives some back
 constexpr int kLongNice = 10;  // long work gives way to the loop, and to the workers whose machine it is
 
 }  // namespace
@@ -35,7 +36,7 @@ void Lane::next() noexcept {
   auto at = waiting_.upper_bound(last_);
   if (at == waiting_.end()) at = waiting_.begin();
   if (at == waiting_.end()) {
-    is_busy_ = false;
+    ++free_;
     return;
   }
   last_ = at->first;
@@ -44,7 +45,12 @@ void Lane::next() noexcept {
   if (at->second.empty()) waiting_.erase(at);
 }
 
-Background::Background(asio::io_context& io) : small_(io, 0), large_(io, kLongNice), scan_(io, kLongNice) {}
+Background::Background(asio::io_context& io)
+    : small_(io, 1, 0),
+      large_(io, kLargeThreads, kLongNice),
+      scan_(io, 1, kLongNice),
+      check_(io, 1, kLongNice),
+      notify_(io, 1, kLongNice) {}
 
 Lane& Background::lane(LaneKind kind) noexcept {
   switch (kind) {
@@ -52,6 +58,10 @@ Lane& Background::lane(LaneKind kind) noexcept {
       return small_;
     case LaneKind::large:
       return large_;
+    case LaneKind::check:
+      return check_;
+    case LaneKind::notify:
+      return notify_;
     case LaneKind::scan:
       break;
   }

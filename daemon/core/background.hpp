@@ -1,11 +1,12 @@
 // Work that takes too long for the loop.
 //
-// 1. A lane is one thread, for work of a kind: nobody's gigabytes hold up what others do in a moment.
+// 1. A lane has threads of its own, for work of one kind: nobody's gigabytes hold up what others do in a
+// moment.
 // 2. In a lane users take turns: whoever asks for much waits for himself.
 // 3. Everything here but the work itself runs in the loop, which owns all state; the work touches none of it.
 #pragma once
 
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -25,10 +26,13 @@ namespace cowmgr {
 
 namespace asio = boost::asio;
 
-// small: a moment, as a segment of some megabytes takes. large: all that takes as long as its size says.
-// scan: reading of /proc, which takes as long as there are processes; the service manager, who may not
-// answer.
-enum class LaneKind : std::uint8_t { small, large, scan };
+enum class LaneKind : std::uint8_t {
+  small,   // a moment, as to make or free some megabytes
+  large,   // to make, copy or free more
+  scan,    // to read /proc, which takes as long as there are processes
+  check,   // to read arrays from end to end
+  notify,  // to tell the service manager, who may not read
+};
 
 // In which lane to make, copy or free so much memory; and what takes no longer than to hand it over.
 [[nodiscard]] LaneKind lane_for(std::uint64_t size_bytes) noexcept;
@@ -36,22 +40,26 @@ inline constexpr std::uint64_t kAtOnceBytes = std::uint64_t{256} << 10;
 
 class Lane {
  public:
-  // `nice`: how far its thread stands back behind the loop.
-  Lane(asio::io_context& io, int nice) : io_(io), nice_(nice), thread_(1) {}
-  ~Lane() { thread_.join(); }
+  // `nice`: how far its threads stand back behind the loop.
+  Lane(asio::io_context& io, std::size_t threads, int nice)
+      : io_(io), nice_(nice), free_(threads), threads_(threads) {}
+  ~Lane() { threads_.join(); }
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  // Runs `work` in the lane's thread when it is `user`'s turn; resumes in the loop with what it returned.
+  // Runs `work` in a thread of the lane when it is `user`'s turn; resumes in the loop with what it returned.
   template <class Work>
   [[nodiscard]] asio::awaitable<std::invoke_result_t<Work>> run(uid_t user, Work work) {
-    if (std::exchange(is_busy_, true)) co_await wait_for_turn(user);
+    if (free_ > 0)
+      --free_;
+    else
+      co_await wait_for_turn(user);
     const Turn turn(*this);
-    co_return co_await asio::co_spawn(thread_, in_the_thread(std::move(work), nice_), asio::use_awaitable);
+    co_return co_await asio::co_spawn(threads_, in_the_thread(std::move(work), nice_), asio::use_awaitable);
   }
 
  private:
-  // The lane is this one's until it goes, and then the next one's.
+  // A thread is this one's until it goes, and then the next one's.
   class Turn {
    public:
     explicit Turn(Lane& lane) : lane_(lane) {}
@@ -73,10 +81,10 @@ class Lane {
 
   asio::io_context& io_;
   int nice_;
-  bool is_busy_ = false;
+  std::size_t free_;
   std::map<uid_t, std::deque<asio::steady_timer*>> waiting_;  // by user; none is empty
   uid_t last_ = 0;                                            // whose turn it was
-  asio::thread_pool thread_;
+  asio::thread_pool threads_;
 };
 
 class Background {
@@ -102,6 +110,8 @@ class Background {
   Lane small_;
   Lane large_;
   Lane scan_;
+  Lane check_;
+  Lane notify_;
 };
 
 }  // namespace cowmgr

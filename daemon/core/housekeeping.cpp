@@ -106,14 +106,14 @@ void Housekeeping::note_served_and_dropped() {
   asio::co_spawn(core_.io, tell_service_manager(), asio::detached);
 }
 
-// One message at a time: a service manager that does not read holds up nothing but /proc being read.
+// One message at a time. A service manager that does not read holds up nothing else.
 asio::awaitable<void> Housekeeping::tell_service_manager() {
   while (core_.fd_store.has_changes()) {
     auto work = [this, changes = core_.fd_store.take_changes()] {
       core_.fd_store.tell(changes);
       return true;
     };
-    co_await core_.background.run(LaneKind::scan, ::geteuid(), std::move(work));
+    co_await core_.background.run(LaneKind::notify, ::geteuid(), std::move(work));
   }
   is_telling_ = false;
 }
@@ -271,9 +271,10 @@ asio::awaitable<void> Housekeeping::rewrite(ArrayId id) {
   const std::string name = record.name;
   const uid_t owner = record.owner.uid;
   const std::uint64_t size_bytes = record.segment_bytes();
-  Result<Segment> copy = reader_of(record.segment);
+  const auto header = header_of(record);
+  Result<Segment> copy = header ? reader_of(record.segment) : error_of(header);
   if (copy) {
-    auto work = [this, id, from = *std::move(copy), header = record.header, trailer = trailer_page(record)] {
+    auto work = [this, id, from = *std::move(copy), header = *header, trailer = trailer_page(record)] {
       return core_.env.rewrite(from, id, header, trailer, stops_work_);
     };
     copy = co_await core_.background.run_sized(size_bytes, owner, std::move(work));
@@ -314,10 +315,10 @@ asio::awaitable<bool> Housekeeping::is_as_sealed(ArrayId id) {
   Result<std::uint64_t> found = 0;
   if (segment) {
     auto work = [this, from = *std::move(segment),
-                 data = DataRange{record->header.size(), record->data_bytes}] {
+                 data = DataRange{record->header_bytes, record->data_bytes}] {
       return core_.env.checksum(from, data, stops_work_);
     };
-    found = co_await core_.background.run(LaneKind::large, record->owner.uid, std::move(work));
+    found = co_await core_.background.run(LaneKind::check, record->owner.uid, std::move(work));
   } else {
     found = error_of(segment);
   }

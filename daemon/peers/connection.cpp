@@ -9,7 +9,7 @@
 
 #include "daemon/peers/channel.hpp"
 #include "daemon/requests/reply_room.hpp"
-#include "daemon/requests/requests.hpp"
+#include "daemon/requests/table.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/text.hpp"
 #include "proto/version.hpp"
@@ -17,6 +17,7 @@
 namespace cowmgr {
 namespace {
 
+constexpr std::size_t kKeptBytes = 8192;       // of a connection's buffers, between two requests
 constexpr std::size_t kMaxCommandBytes = 128;  // of what a client calls itself
 constexpr std::size_t kMaxConnections = 256;   // of one session
 constexpr std::size_t kMaxLoggedBytes = 1024;  // of why a request was refused, which may name long dtypes
@@ -28,6 +29,12 @@ struct Connection {
   std::vector<std::byte> frame{};
   Builder builder{1024};
   std::shared_ptr<Session> session{};  // from the greeting on
+
+  // Nobody keeps a full frame's memory for a request that was large once.
+  void trim() {
+    if (frame.capacity() > kKeptBytes) std::vector<std::byte>().swap(frame);
+    if (builder.GetSize() > kKeptBytes) builder.Reset();
+  }
 };
 
 // The request in the frame that was received, or null when the connection is to be closed.
@@ -176,6 +183,7 @@ asio::awaitable<void> answer_all(Connection& connection) {
       is_sent = sent == Sent::yes;
     }
     call.grants.keep();
+    connection.trim();
   }
 }
 

@@ -54,16 +54,6 @@ tl::unexpected<Error> shares_too_much() {
                           kMaxFrameBytes));
 }
 
-Result<void> check(const wire::Attach& table) {
-  const std::size_t count = size_of(table.names()) + size_of(table.ids());
-  if (count == 0 || count > kMaxFrameFds) {
-    return fail(Errc::invalid_argument, fmt::format("attach 1 to {} arrays in one request", kMaxFrameFds));
-  }
-  std::size_t budget_bytes = kMaxFrameBytes;
-  if (!takes(budget_bytes, table.names())) return shares_too_much();
-  return {};
-}
-
 Result<void> check_patterns(const flatbuffers::Vector<Offset<flatbuffers::String>>* patterns) {
   const auto is_long = [](const flatbuffers::String* text) { return text->size() > kMaxPatternBytes; };
   if (size_of(patterns) <= kMaxPatterns &&
@@ -86,32 +76,38 @@ Result<void> check_batch(const flatbuffers::Vector<std::uint64_t>* slots) {
               fmt::format("name at most {} slots in one request, not {}", kMaxBatch, size_of(slots)));
 }
 
-Result<void> check(const wire::Hold& table) {
+}  // namespace
+
+Result<void> check_attach(const wire::Attach& table) {
+  const std::size_t count = size_of(table.names()) + size_of(table.ids());
+  if (count == 0 || count > kMaxFrameFds) {
+    return fail(Errc::invalid_argument, fmt::format("attach 1 to {} arrays in one request", kMaxFrameFds));
+  }
   std::size_t budget_bytes = kMaxFrameBytes;
-  if (!takes(budget_bytes, table.writing()) || !takes(budget_bytes, table.slots())) return shares_too_much();
+  if (!takes(budget_bytes, table.names())) return shares_too_much();
   return {};
 }
 
-}  // namespace
+Result<void> check_evict(const wire::Evict& table) {
+  return check_names_or_patterns(table);
+}
 
-Result<void> check_bounds(const wire::Request& request) {
-  using Body = wire::RequestBody;
-  switch (request.body_type()) {
-    case Body::Attach:
-      return check(*request.body_as_Attach());
-    case Body::Evict:
-      return check_names_or_patterns(*request.body_as_Evict());
-    case Body::Pin:
-      return check_names_or_patterns(*request.body_as_Pin());
-    case Body::CommitSlots:
-      return check_batch(request.body_as_CommitSlots()->slots());
-    case Body::GiveBackSlots:
-      return check_batch(request.body_as_GiveBackSlots()->slots());
-    case Body::Hold:
-      return check(*request.body_as_Hold());
-    default:
-      return {};  // a dtype is measured where it is parsed (wire.hpp), what is cut is cut where it is used
-  }
+Result<void> check_pin(const wire::Pin& table) {
+  return check_names_or_patterns(table);
+}
+
+Result<void> check_commit(const wire::CommitSlots& table) {
+  return check_batch(table.slots());
+}
+
+Result<void> check_give_back(const wire::GiveBackSlots& table) {
+  return check_batch(table.slots());
+}
+
+Result<void> check_hold(const wire::Hold& table) {
+  std::size_t budget_bytes = kMaxFrameBytes;
+  if (!takes(budget_bytes, table.writing()) || !takes(budget_bytes, table.slots())) return shares_too_much();
+  return {};
 }
 
 }  // namespace cowmgr

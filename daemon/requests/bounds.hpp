@@ -1,24 +1,4 @@
-// What one request may cost: said here for all of them, and checked before anything of a request is done.
-//
-// A frame has 128 KiB, but what it says may be far longer: FlatBuffers lets thousands of its entries refer to
-// one long text, list or table, and its verifier counts tables alone. So entries that can share something are
-// counted here as often as they are referred to.
-//
-// request                       | at most
-// ------------------------------+-----------------------------------------------------------------------------
-// Attach                        | kMaxFrameFds names and ids; all names together as long as a frame
-// Evict, Pin                    | kMaxPatterns names or patterns, of kMaxPatternBytes each; kRequestSteps to
-//                               | hold the patterns against all names (selection.hpp)
-// ListArrays, ListResults       | one pattern of kMaxPatternBytes; a page ends after kSliceSteps
-// MakeArray, MakeResults,       | a dtype of kMaxDtypeBytes; kMaxJobBytes of a job
-//   AllocateSlot                |
-// LeaseSlots                    | kMaxBatch slots: fewer are given to who asks for more
-// CommitSlots, GiveBackSlots    | kMaxBatch slots; the values lie in the frame once
-// FailSlot                      | kMaxReasonBytes of a message, the rest is left out
-// Hold                          | all its entries together as long as a frame; what is kept of it until the
-//                               | last one is among what there is, and the session's to claim
-// `released`                    | as many ids as a frame holds, which cannot be shared
-// all others                    | a few numbers, and names, of which each lies in the frame once
+// The bounds of single requests (see table.hpp), where a frame may say more than it is long.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +14,12 @@ inline constexpr std::size_t kMaxPatternBytes = kMaxGlobBytes;
 // As long as the header that NumPy reads may be (numpy.lib.format, max_header_size).
 inline constexpr std::size_t kMaxDtypeBytes = 10'000;
 
-// Whether a request stays within its bounds. A client that shares nothing within its frames, and asks for no
-// more than the table above says, never meets one. Errors: invalid_argument.
-[[nodiscard]] Result<void> check_bounds(const wire::Request& request);
+// Errors: invalid_argument.
+[[nodiscard]] Result<void> check_attach(const wire::Attach& table);
+[[nodiscard]] Result<void> check_evict(const wire::Evict& table);
+[[nodiscard]] Result<void> check_pin(const wire::Pin& table);
+[[nodiscard]] Result<void> check_commit(const wire::CommitSlots& table);
+[[nodiscard]] Result<void> check_give_back(const wire::GiveBackSlots& table);
+[[nodiscard]] Result<void> check_hold(const wire::Hold& table);
 
 }  // namespace cowmgr

@@ -21,7 +21,7 @@ class Grants {
 
   void view(ArrayId id) { views_.push_back(id); }
   void lease(ArrayId set, const ResultSets::Lease& lease) { leases_.push_back({set, lease}); }
-  // An array that the session is writing, or, for a slot of `set`, the house in its name.
+  // An array that the session is writing, or, for a slot of `set`, the daemon in its name.
   void array(ArrayId id) { arrays_.push_back(id); }
   // A result set that was just made.
   void set(ArrayId id) { sets_.push_back(id); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "daemon/requests/wire.hpp"
@@ -13,6 +14,11 @@ namespace cowmgr {
 inline constexpr std::size_t kReplyBytes = kMaxFrameBytes - 1024;  // the rest is for what holds the items
 // One item of a list at most: a dtype may take 8 KiB, a reason 4 KiB, names and paths the rest (wire.cpp).
 inline constexpr std::size_t kMaxItemBytes = std::size_t{24} << 10;
+
+inline constexpr std::size_t kPageItems = 512;  // of one listing at most
+[[nodiscard]] constexpr std::size_t page_limit(std::uint32_t asked) noexcept {
+  return asked == 0 || asked > kPageItems ? kPageItems : asked;
+}
 
 // Bytes that the reply can still take.
 [[nodiscard]] inline std::size_t room_of(const Builder& reply) noexcept {

@@ -57,7 +57,7 @@ Offset<wire::ArrayInfo> pack(Builder& builder, const ArrayRecord& record, wire::
   info.add_last_used_us(microseconds(record.last_used));
   info.add_writer_pid(record.writer_pid);
   info.add_checksum(record.checksum);
-  info.add_data_offset(record.header.size());
+  info.add_data_offset(record.header_bytes);
   return info.Finish();
 }
 
@@ -128,6 +128,16 @@ Result<Dtype> dtype_of(const flatbuffers::String* text) {
 
 Shape shape_of(const flatbuffers::Vector<std::uint64_t>* dims) {
   return dims == nullptr ? Shape{} : Shape(dims->begin(), dims->end());
+}
+
+Result<NameFilter> filter_of(const flatbuffers::String* name, const flatbuffers::String* pattern) {
+  NameFilter filter;
+  if (name != nullptr) filter.name = view_of(name);
+  if (name != nullptr || pattern == nullptr || pattern->size() == 0) return filter;
+  auto parsed = Glob::parse(view_of(pattern));
+  if (!parsed) return error_of(std::move(parsed));
+  filter.pattern = *std::move(parsed);
+  return filter;
 }
 
 }  // namespace cowmgr

@@ -34,6 +34,10 @@ template <class T>
 // Errors: invalid_dtype, also for a text that is longer than any header has room for.
 [[nodiscard]] Result<Dtype> dtype_of(const flatbuffers::String* text);
 
+// What a listing is of. Errors: invalid_argument.
+[[nodiscard]] Result<NameFilter> filter_of(const flatbuffers::String* name,
+                                           const flatbuffers::String* pattern);
+
 // A MakeArray or MakeResults request, which share these fields.
 template <class Table>
 [[nodiscard]] Result<CreateRequest> create_request_of(const Table& table, Order order) {

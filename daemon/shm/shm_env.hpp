@@ -154,7 +154,7 @@ class ShmEnv {
   // Notes that a sealed array has lost its name, and stays for those who view it. Errors: os_failure.
   [[nodiscard]] Result<void> mark_draining(const Segment& segment) const;
 
-  // ---- Outside hands ----
+  // ---- Segments that somebody else opens, harms or removes ----
 
   // A descriptor that can be read when files of the segments' directory lose their names; none when the
   // kernel has none left.

@@ -20,7 +20,7 @@ void Store::adopt(Segment segment, const SegmentFile& file, bool is_tampered, Ti
                                                .name = trailer.name,
                                                .version = trailer.version,
                                                .spec = file.spec,
-                                               .header = file.header,
+                                               .header_bytes = static_cast<std::uint32_t>(file.header.size()),
                                                .data_bytes = trailer.data_bytes,
                                                .owner = {trailer.owner_uid, trailer.owner_gid, trailer.mode},
                                                .evictable = trailer.evictable,
@@ -76,7 +76,7 @@ void Store::keep_unclaimed(ArrayId id, Segment segment, const SegmentFile& file)
 bool Store::may_claim(SessionId session, ArrayId id) const {
   const auto at = unclaimed_.find(id);
   if (at == unclaimed_.end()) return false;
-  return session == kHouse ||
+  return session == kDaemonSession ||
          (at->second.writer == session && at->second.owner == holdings(session).peer.uid);
 }
 
@@ -86,22 +86,22 @@ Result<const ArrayRecord*> Store::claim(SessionId session, ArrayId id, const Cre
                                         Time now) {
   const auto at = unclaimed_.find(id);
   const auto bytes = data_bytes(request.spec);
-  const bool is_house = session == kHouse;
-  auto header = header_for(session, request.spec);
+  const bool is_own = session == kDaemonSession;
+  const auto header = header_bytes_for(session, request.spec);
   if (!may_claim(session, id) || !bytes || !header ||
-      at->second.segment.size_bytes != segment_bytes(*bytes, header->size()))
+      at->second.segment.size_bytes != segment_bytes(*bytes, *header))
     return fail(Errc::not_found, "there is no such array that this session was writing");
-  // The house goes on with what was granted before, whoever took the name since: its seal will tell.
-  auto is_free = is_house ? Result<void>() : check_name_is_free(session, request);
+  // The daemon itself goes on with what was granted before, whoever took the name since: its seal will tell.
+  auto is_free = is_own ? Result<void>() : check_name_is_free(session, request);
   if (!is_free) return error_of(std::move(is_free));
   Unclaimed& kept = at->second;
   if (auto ok = env_.open_writer(kept.segment); !ok) return error_of(std::move(ok));
   const uid_t owner = owner_of(session, request).uid;
-  auto charge = is_house ? Result<Charge>(charges_.array_there_is(owner, kept.segment.size_bytes))
+  auto charge = is_own ? Result<Charge>(charges_.array_there_is(owner, kept.segment.size_bytes))
                          : charges_.array(owner, kept.segment.size_bytes);
   if (!charge) return error_of(std::move(charge));
   ArrayRecord& record =
-      add_record(session, id, request, *std::move(header), {*std::move(charge), std::move(kept.memory)}, now);
+      add_record(session, id, request, *header, {*std::move(charge), std::move(kept.memory)}, now);
   record.segment = std::move(kept.segment);
   record.state = State::writing;
   unclaimed_.erase(at);

@@ -117,7 +117,7 @@ ResultRecord ResultSets::record_of(SessionId session, const ResultTerms& terms, 
   record.name = array.name;
   record.replace = array.replace;
   record.evictable = array.evictable;
-  record.npy_header = array.header;
+  record.npy_header = header_of(array).value_or("");
   return record;
 }
 
@@ -156,12 +156,12 @@ ResultSetRecord& ResultSets::insert(ResultSetRecord set, SlotMemory memory) {
 Result<const ResultSetRecord*> ResultSets::add(const ResultRecord& record, SlotMemory& memory) {
   ResultSetRecord set = set_of(record, memory);
   if (!record.is_ragged) {
-    const ArrayRecord* output = store_.hand_to_house(record.set);
+    const ArrayRecord* output = store_.hand_to_daemon(record.set);
     if (output == nullptr)
       return refuse(Errc::not_found, "the array of the set was given up while the set was being made");
     set.spec = output->spec;
     set.data_bytes = output->data_bytes;
-    set.data_offset = output->header.size();
+    set.data_offset = output->header_bytes;
   }
   return &insert(std::move(set), std::move(memory));
 }
@@ -270,7 +270,7 @@ Result<void> ResultSets::adopt(const ResultRecord& record, const ArraySpec& spec
       set.state = SetState::done;
     else if (set.table.is_settled() && set.table.failed() > 0)
       set.state = SetState::failed;
-    else if (auto claimed = store_.claim(kHouse, record.set, request, now.time); !claimed)
+    else if (auto claimed = store_.claim(kDaemonSession, record.set, request, now.time); !claimed)
       return error_of(std::move(claimed));
     if (output != nullptr && set.table.committed() < set.table.size())
       return refuse(Errc::corrupted, "its array is sealed, but not all of its slots are committed");
@@ -302,7 +302,7 @@ void ResultSets::adopt_allocated(ResultSetRecord& set, Time now) {
       const ArraySpec* spec = store_.unclaimed_spec(noted);
       if (spec == nullptr) continue;
       const CreateRequest request{.name = name, .spec = *spec, .owner = set.owner};
-      if (store_.claim(kHouse, noted, request, now)) (void)allocated(set, slot, noted);
+      if (store_.claim(kDaemonSession, noted, request, now)) (void)allocated(set, slot, noted);
     }
   }
 }
@@ -487,7 +487,7 @@ Result<ResultSets::Lease> ResultSets::lease(SessionId session, ResultSetRecord& 
 }
 
 bool ResultSets::allocated(ResultSetRecord& set, SlotIndex slot, ArrayId array) {
-  if (store_.hand_to_house(array) == nullptr) return false;
+  if (store_.hand_to_daemon(array) == nullptr) return false;
   drop_allocated(set, slot);
   set.allocated.emplace(slot, array);
   places_.insert_or_assign(array, Place{set.id, slot});
@@ -746,7 +746,7 @@ Result<bool> ResultSets::finish(ResultSetRecord& set, Time now) {
     touch(set);
   }
   if (!set.workers.empty()) return false;
-  const auto sealed = store_.seal(kHouse, set.id, false, now);
+  const auto sealed = store_.seal(kDaemonSession, set.id, false, now);
   if (sealed && !*sealed) return false;
   if (sealed) {
     end(set, SetState::done, "");

@@ -72,35 +72,6 @@ std::string Store::largest_holders() const {
   return text.empty() ? text : text + ")";
 }
 
-Result<Store::Evicted> Store::evict_lru(SessionId session, std::uint64_t size_bytes) {
-  Evicted out;
-  for (const ArrayId id : oldest_idle(session, size_bytes)) {
-    ArrayRecord& record = records_.at(id);
-    out.names.push_back(record.name);
-    out.freed_bytes += record.segment_bytes();
-    drain(record);
-  }
-  return out;
-}
-
-// Of what nobody views, and the session may change, as much as it takes.
-std::vector<ArrayId> Store::oldest_idle(SessionId session, std::uint64_t size_bytes) const {
-  std::vector<ArrayId> found;
-  std::uint64_t found_bytes = 0;
-  auto evictable = evictable_.all().begin();
-  auto kept = kept_.all().begin();
-  while (found_bytes < size_bytes && (evictable != evictable_.all().end() || kept != kept_.all().end())) {
-    const bool is_evictable =
-        kept == kept_.all().end() || (evictable != evictable_.all().end() && *evictable < *kept);
-    const ArrayId id = is_evictable ? (evictable++)->second : (kept++)->second;
-    const ArrayRecord& record = records_.at(id);
-    if (record.state != State::sealed || !may(session, record, Right::write)) continue;
-    found.push_back(id);
-    found_bytes += record.segment_bytes();
-  }
-  return found;
-}
-
 // ---- Room for what is no array ----
 
 // The quota first: who may not have the memory must not evict others for it.

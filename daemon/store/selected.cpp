@@ -16,6 +16,10 @@ tl::unexpected<Error> too_long() {
       "fewer stars");
 }
 
+tl::unexpected<Error> is_pinned(const std::string& name) {
+  return fail(Errc::pinned, fmt::format("array {} is pinned; unpin it first", printable(name)));
+}
+
 }  // namespace
 
 Result<Selection> Store::names_or_patterns(const std::vector<std::string>& texts) const {
@@ -49,9 +53,10 @@ Result<bool> Store::search(SessionId session, Selection& selection) const {
 void Store::hold_against_patterns(SessionId session, const ArrayRecord& record, Selection& selection) const {
   if (!is_current(record) || !may(session, record, Right::write)) return;
   for (std::size_t i = 0; i < selection.patterns.size(); ++i) {
-    if (selection.ids.contains(record.id) && selection.is_matched.contains(i)) continue;
+    const bool is_in = !selection.ids.empty() && selection.ids.back() == record.id;
+    if (is_in && selection.is_matched.contains(i)) continue;
     if (!selection.patterns[i].matches(record.name, selection.steps)) continue;
-    selection.ids.insert(record.id);
+    if (!is_in) selection.ids.push_back(record.id);
     selection.is_matched.insert(i);
   }
 }
@@ -60,29 +65,90 @@ bool Store::is_current(const ArrayRecord& record) const {
   return record.state >= ArrayRecord::State::sealed && current_of(record.name) == record.id;
 }
 
-// Meanwhile anything may have happened to what the search found.
-Result<std::vector<ArrayRecord*>> Store::selected(SessionId session, const Selection& selection,
-                                                  bool may_be_gone) {
-  std::set<ArrayId> ids;
-  for (const ArrayId id : selection.ids) {
-    const auto at = records_.find(id);
-    if (at != records_.end() && is_current(at->second)) ids.insert(id);
-  }
+// What is spelled out is there and may be changed, or nothing is done. Once.
+Result<void> Store::select_names(SessionId session, Selection& selection, bool may_be_gone) {
+  if (selection.is_complete) return {};
+  std::set<ArrayId> named;
   for (const auto& name : selection.names) {
     const ArrayId current = current_of(name);
     if (current == 0 && may_be_gone) continue;
     if (current == 0) return not_to_be_changed(name);
-    if (auto ok = check_change(session, records_.at(current)); !ok) return error_of(std::move(ok));
-    ids.insert(current);
+    if (auto ok = check_change(session, records_.at(current)); !ok) return ok;
+    if (!std::ranges::binary_search(selection.ids, current)) named.insert(current);
   }
   for (std::size_t i = 0; i < selection.patterns.size(); ++i) {
     if (!selection.is_matched.contains(i) && !may_be_gone)
       return not_to_be_changed(selection.patterns[i].text());
   }
-  std::vector<ArrayRecord*> found;
-  found.reserve(ids.size());
-  for (const ArrayId id : ids) found.push_back(&records_.at(id));
-  return found;
+  selection.ids.insert(selection.ids.end(), named.begin(), named.end());
+  selection.is_complete = true;
+  return {};
+}
+
+// Some of what is left to do. Anything may have happened to it since it was found.
+std::vector<ArrayRecord*> Store::take_selected(Selection& selection) {
+  std::vector<ArrayRecord*> taken;
+  const std::size_t end = std::min(selection.ids.size(), selection.next + kChangedAtOnce);
+  for (; selection.next < end; ++selection.next) {
+    const auto record = records_.find(selection.ids[selection.next]);
+    if (record != records_.end() && is_current(record->second)) taken.push_back(&record->second);
+  }
+  return taken;
+}
+
+Result<bool> Store::evict_some(SessionId session, Selection& selection, Evicted& evicted,
+                               std::optional<Time> asked) {
+  const bool is_first = !selection.is_complete;
+  if (auto ok = select_names(session, selection, asked.has_value()); !ok) return error_of(std::move(ok));
+  if (is_first) {
+    for (const auto& name : selection.names) {
+      const ArrayId current = current_of(name);
+      if (current != 0 && records_.at(current).pinned) return is_pinned(name);
+    }
+  }
+  for (ArrayRecord* record : take_selected(selection)) {
+    if (asked && record->sealed >= *asked) continue;
+    if (record->pinned) {
+      evicted.passed_over.push_back(record->name);
+      continue;
+    }
+    evicted.names.push_back(record->name);
+    if (record->views == 0) evicted.freed_bytes += record->segment_bytes();
+    drain(*record);
+  }
+  if (selection.next < selection.ids.size()) return false;
+  if (evicted.names.empty() && !evicted.passed_over.empty()) return is_pinned(evicted.passed_over.front());
+  return true;
+}
+
+Result<bool> Store::pin_some(SessionId session, Selection& selection, bool pinned,
+                             std::vector<std::string>& names) {
+  if (auto ok = select_names(session, selection, false); !ok) return error_of(std::move(ok));
+  for (ArrayRecord* record : take_selected(selection)) {
+    if (auto marked = env_.mark_pinned(record->segment, pinned); !marked) return error_of(std::move(marked));
+    record->pinned = pinned;
+    account(*record);
+    names.push_back(record->name);
+  }
+  return selection.next == selection.ids.size();
+}
+
+// Of what nobody views, and the session may change.
+Selection Store::least_used(SessionId session, std::uint64_t size_bytes) const {
+  Selection selection{.is_complete = true};
+  std::uint64_t found_bytes = 0;
+  auto evictable = evictable_.all().begin();
+  auto kept = kept_.all().begin();
+  while (found_bytes < size_bytes && (evictable != evictable_.all().end() || kept != kept_.all().end())) {
+    const bool is_evictable =
+        kept == kept_.all().end() || (evictable != evictable_.all().end() && *evictable < *kept);
+    const ArrayId id = is_evictable ? (evictable++)->second : (kept++)->second;
+    const ArrayRecord& record = records_.at(id);
+    if (record.state != ArrayRecord::State::sealed || !may(session, record, Right::write)) continue;
+    selection.ids.push_back(id);
+    found_bytes += record.segment_bytes();
+  }
+  return selection;
 }
 
 Listing<ArrayRecord> Store::list(SessionId session, const NameFilter& filter, ArrayId after,

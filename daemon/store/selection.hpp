@@ -21,6 +21,7 @@ namespace cowmgr {
 inline constexpr std::uint64_t kSliceSteps = std::uint64_t{1} << 18;
 inline constexpr std::uint64_t kEntrySteps =
     64;  // to come to an entry of a table, a miss of the cache or two
+inline constexpr std::size_t kChangedAtOnce = 32;  // arrays: two or three system calls each
 // Of one request. 64 ordinary patterns against 65,536 names take a fifth of that.
 inline constexpr std::uint64_t kRequestSteps = std::uint64_t{1} << 28;
 
@@ -65,8 +66,10 @@ struct Selection {
 
   std::uint64_t after = 0;  // arrays up to this id were held against the patterns
   std::uint64_t steps = 0;
-  std::set<std::uint64_t> ids{};       // that match one
+  std::vector<std::uint64_t> ids{};    // that match one, in ascending order; then those of the names
   std::set<std::size_t> is_matched{};  // which of the patterns something matches
+  bool is_complete = false;            // the names are among the ids
+  std::size_t next = 0;                // of the ids, the first that is left to do
 };
 
 }  // namespace cowmgr

@@ -21,7 +21,7 @@ TrailerInfo trailer_of(const ArrayRecord& record) {
           .id = record.id,
           .version = record.version,
           .data_bytes = record.data_bytes,
-          .data_offset = record.header.size(),
+          .data_offset = record.header_bytes,
           .created_us = microseconds(record.created),
           .sealed_us = microseconds(record.seal_asked),
           .owner_uid = record.owner.uid,
@@ -29,7 +29,7 @@ TrailerInfo trailer_of(const ArrayRecord& record) {
           .mode = record.owner.mode,
           .evictable = record.evictable,
           .checksum = record.checksum,
-          .writer = record.writer == kHouse ? 0 : record.writer};
+          .writer = record.writer == kDaemonSession ? 0 : record.writer};
 }
 
 tl::unexpected<Error> no_such_array(std::string_view name) {
@@ -52,11 +52,15 @@ tl::unexpected<Error> too_old_for(std::string_view what) {
                   what));
 }
 
-tl::unexpected<Error> pinned(const ArrayRecord& record) {
-  return fail(Errc::pinned, fmt::format("array {} is pinned; unpin it first", printable(record.name)));
-}
-
 }  // namespace
+
+Result<std::string> header_of(const ArrayRecord& record) {
+  auto header = make_segment_header(record.spec);
+  if (header && header->size() == record.header_bytes) return header;
+  return fail(Errc::corrupted,
+              fmt::format("array {} has a header of {} bytes, which is not what this daemon writes",
+                          printable(record.name), record.header_bytes));
+}
 
 TrailerPage trailer_page(const ArrayRecord& record) {
   return encode_trailer(trailer_of(record));
@@ -68,7 +72,7 @@ Store::Store(const ShmEnv& env, const StoreOptions& options)
       memory_(options.capacity_bytes),
       charges_(options.quota),
       last_id_(options.first_id - 1) {
-  open_session(kHouse, {.pid = ::getpid(), .uid = options.admin, .gid = ::getegid()});
+  open_session(kDaemonSession, {.pid = ::getpid(), .uid = options.admin, .gid = ::getegid()});
 }
 
 // ---- Sessions ----
@@ -98,18 +102,19 @@ Result<ArrayId> Store::reserve(SessionId session, const CreateRequest& request, 
   if (auto ok = check_name(request.name); !ok) return error_of(std::move(ok));
   const auto bytes = data_bytes(request.spec);
   if (!bytes) return error_of(bytes);
-  auto header = header_for(session, request.spec);
-  if (!header) return error_of(std::move(header));
+  const auto header = header_bytes_for(session, request.spec);
+  if (!header) return error_of(header);
   if (auto ok = check_name_is_free(session, request); !ok) return error_of(std::move(ok));
-  auto room = take_room(owner_of(session, request).uid, segment_bytes(*bytes, header->size()));
+  auto room = take_room(owner_of(session, request).uid, segment_bytes(*bytes, *header));
   if (!room) return error_of(std::move(room));
-  return add_record(session, next_id(), request, *std::move(header), *std::move(room), now).id;
+  return add_record(session, next_id(), request, *header, *std::move(room), now).id;
 }
 
-Result<std::string> Store::header_for(SessionId session, const ArraySpec& spec) const {
-  auto header = make_segment_header(spec);
-  if (header && header->size() > kDataOffset && holdings(session).layout < 2) return too_old_for("the array");
-  return header;
+Result<std::uint32_t> Store::header_bytes_for(SessionId session, const ArraySpec& spec) const {
+  const auto header = make_segment_header(spec);
+  if (!header) return error_of(header);
+  if (header->size() > kDataOffset && holdings(session).layout < 2) return too_old_for("the array");
+  return static_cast<std::uint32_t>(header->size());
 }
 
 Ownership Store::owner_of(SessionId session, const CreateRequest& request) const {
@@ -118,7 +123,7 @@ Ownership Store::owner_of(SessionId session, const CreateRequest& request) const
 }
 
 ArrayRecord& Store::add_record(SessionId session, ArrayId id, const CreateRequest& request,
-                               std::string header, Room room, Time now) {
+                               std::uint32_t header_bytes, Room room, Time now) {
   Versions& versions = names_[request.name];
   const std::uint64_t version = ++versions.last;
   versions.all.insert(id);
@@ -127,7 +132,7 @@ ArrayRecord& Store::add_record(SessionId session, ArrayId id, const CreateReques
                                                              .name = request.name,
                                                              .version = version,
                                                              .spec = request.spec,
-                                                             .header = std::move(header),
+                                                             .header_bytes = header_bytes,
                                                              .data_bytes = data_bytes(request.spec).value(),
                                                              .owner = owner_of(session, request),
                                                              .replace = request.replace,
@@ -187,13 +192,13 @@ Result<const ArrayRecord*> Store::back(ArrayId id, Segment segment) {
   return &record;
 }
 
-const ArrayRecord* Store::hand_to_house(ArrayId id) {
+const ArrayRecord* Store::hand_to_daemon(ArrayId id) {
   const auto at = records_.find(id);
   if (at == records_.end() || at->second.state != State::writing) return nullptr;
   ArrayRecord& record = at->second;
   end_writing(record.writer, record);
-  begin_writing(kHouse, record);
-  record.writer = kHouse;
+  begin_writing(kDaemonSession, record);
+  record.writer = kDaemonSession;
   return &record;
 }
 
@@ -238,7 +243,9 @@ Result<bool> Store::seal(SessionId session, ArrayId id, bool keep_view, Time now
   // The name may be pinned, whatever its version.
   const bool is_pinned =
       current != 0 && records_.at(current).pinned && records_.at(current).version < record.version;
-  auto sealed = env_.seal(record.segment, record.header, trailer_page(record), is_pinned);
+  const auto header = header_of(record);
+  if (!header) return error_of(header);
+  auto sealed = env_.seal(record.segment, *header, trailer_page(record), is_pinned);
   if (!sealed && sealed.error().code == Errc::corrupted) drop(id);
   if (!sealed) return error_of(std::move(sealed));
   if (!*sealed) return false;
@@ -343,7 +350,7 @@ const std::string* Store::first_missing(std::span<const std::string> names) cons
 
 Result<void> Store::check_attach(SessionId session, const ArrayRecord& record) const {
   if (!may(session, record, Right::read)) return not_allowed(record, "attach");
-  if (record.header.size() > kDataOffset && holdings(session).layout < 2)
+  if (record.header_bytes > kDataOffset && holdings(session).layout < 2)
     return too_old_for("array " + printable(record.name));
   if (record.views >= kMaxViews)
     return fail(Errc::quota_exceeded, fmt::format("array {} has {} views, as many as one array may",
@@ -419,46 +426,6 @@ tl::unexpected<Error> Store::not_to_be_changed(const std::string& name) const {
                                       record->writer_pid));
 }
 
-Result<Store::Evicted> Store::evict(SessionId session, const Selection& selection,
-                                    std::optional<Time> asked) {
-  auto matched = selected(session, selection, asked.has_value());
-  if (!matched) return error_of(std::move(matched));
-  if (asked) std::erase_if(*matched, [&](const ArrayRecord* record) { return record->sealed >= *asked; });
-  const auto is_named = [&](const ArrayRecord& record) {
-    return std::ranges::find(selection.names, record.name) != selection.names.end();
-  };
-  Evicted out;
-  std::vector<ArrayRecord*> victims;
-  for (ArrayRecord* record : *matched) {
-    if (!record->pinned)
-      victims.push_back(record);
-    else if (is_named(*record))
-      return pinned(*record);
-    else
-      out.passed_over.push_back(record->name);
-  }
-  if (victims.empty() && !matched->empty()) return pinned(*matched->front());
-  for (ArrayRecord* record : victims) {
-    out.names.push_back(record->name);
-    if (record->views == 0) out.freed_bytes += record->segment_bytes();
-    drain(*record);
-  }
-  return out;
-}
-
-Result<std::vector<std::string>> Store::pin(SessionId session, const Selection& selection, bool pinned) {
-  auto matched = selected(session, selection);
-  if (!matched) return error_of(std::move(matched));
-  std::vector<std::string> names;
-  for (ArrayRecord* record : *matched) {
-    if (auto marked = env_.mark_pinned(record->segment, pinned); !marked) return error_of(std::move(marked));
-    record->pinned = pinned;
-    account(*record);
-    names.push_back(record->name);
-  }
-  return names;
-}
-
 // The name goes now, the memory with the last view. `record` may be gone afterwards.
 void Store::drain(ArrayRecord& record) {
   record.state = State::draining;
@@ -493,7 +460,7 @@ void Store::drop(ArrayId id) {
   orphans_.emplace(id, std::move(record.room.memory));
 }
 
-// ---- Outside hands ----
+// ---- Segments that somebody else opens, harms or removes ----
 
 const ArrayRecord* Store::mark_tampered(int lease_fd) {
   const auto at = by_lease_.find(lease_fd);

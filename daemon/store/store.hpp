@@ -56,8 +56,8 @@ struct CreateRequest {
 
 // The daemon's own session: it writes what belongs to a result set, and goes with that. No peer's session can
 // have this number, and it names no process.
-inline constexpr SessionId kHouse = SessionId{1} << 63U;
-static_assert(!is_session_id(kHouse) && pid_of(kHouse) == 0);
+inline constexpr SessionId kDaemonSession = SessionId{1} << 63U;
+static_assert(!is_session_id(kDaemonSession) && pid_of(kDaemonSession) == 0);
 
 // What a segment takes: of its owner's quota, and of the capacity.
 struct Room {
@@ -78,7 +78,7 @@ struct ArrayRecord {
   std::string name;
   std::uint64_t version = 0;
   ArraySpec spec;
-  std::string header;  // the .npy header, whole pages; the data follows
+  std::uint32_t header_bytes = 0;  // of the .npy header, whole pages; the data follows
   std::uint64_t data_bytes = 0;
   Ownership owner;
   State state = State::reserved;
@@ -114,13 +114,16 @@ struct ArrayRecord {
   std::vector<Older> older{};  // without names, and still mapped by some of its views
 
   [[nodiscard]] std::uint64_t segment_bytes() const noexcept {
-    return cowmgr::segment_bytes(data_bytes, header.size());
+    return cowmgr::segment_bytes(data_bytes, header_bytes);
   }
   [[nodiscard]] bool is_reclaimable() const noexcept {
     return state == State::sealed && evictable && !pinned && views == 0;
   }
 };
 
+// The .npy header of the array, made anew: it takes a page, and is needed twice. Errors: corrupted, where
+// what an earlier daemon left has one of another length.
+[[nodiscard]] Result<std::string> header_of(const ArrayRecord& record);
 // What the trailer says of the array as it is now.
 [[nodiscard]] TrailerPage trailer_page(const ArrayRecord& record);
 
@@ -193,7 +196,7 @@ class Store {
   [[nodiscard]] Result<const ArrayRecord*> back(ArrayId id, Segment segment);
   // An array that is being written goes no more with the session that asked for it. Null when nobody is
   // writing such an array any more.
-  [[nodiscard]] const ArrayRecord* hand_to_house(ArrayId id);
+  [[nodiscard]] const ArrayRecord* hand_to_daemon(ArrayId id);
   // The memory of a reserved array could not be had.
   void fail_backing(ArrayId id);
   // Drops an array that is reserved or being written.
@@ -221,7 +224,7 @@ class Store {
   [[nodiscard]] bool has_awaited() const;
   // Keeps an array that was being written until it is claimed, or dropped with its writer.
   void keep_unclaimed(ArrayId id, Segment segment, const SegmentFile& file);
-  // Its writer came back: it goes on as what `request` says. The house may claim every array, and is charged
+  // Its writer came back: it goes on as what `request` says. The daemon itself may claim every array, and is charged
   // for it whatever the limits. Errors: not_found unless `session` was its writer; as reserve(); os_failure.
   [[nodiscard]] Result<const ArrayRecord*> claim(SessionId session, ArrayId id, const CreateRequest& request,
                                                  Time now);
@@ -276,19 +279,21 @@ class Store {
   // Looks on for what `selection` names, for a slice. Whether it has come to the end. Errors:
   // invalid_argument when the request has taken too long.
   [[nodiscard]] Result<bool> search(SessionId session, Selection& selection) const;
-  // These are all or none, and follow a search() that came to its end. A pattern passes over what is pinned,
-  // and over what the session may not change; a name that is spelled out is refused then, and so is a pattern
-  // that matches nothing else. Errors: not_found, busy while one is being written, pinned, permission_denied.
+  // These follow a search() that came to its end, and do a part of it, until they are called with nothing
+  // left. A name that is spelled out is refused before anything is done; a pattern passes over what is
+  // pinned, and over what the session may not change, and is refused when it matches nothing else. Errors:
+  // not_found, busy while one is being written, pinned, permission_denied. False when there is more to do.
   //
   // With `asked` the request came once more after a daemon was lost that may have carried it out: what is
   // gone is done, and what was sealed since it was asked for first stays.
-  [[nodiscard]] Result<Evicted> evict(SessionId session, const Selection& selection,
-                                      std::optional<Time> asked = std::nullopt);
-  [[nodiscard]] Result<Evicted> evict_lru(SessionId session, std::uint64_t size_bytes);
-  [[nodiscard]] Result<std::vector<std::string>> pin(SessionId session, const Selection& selection,
-                                                     bool pinned);
+  [[nodiscard]] Result<bool> evict_some(SessionId session, Selection& selection, Evicted& evicted,
+                                        std::optional<Time> asked = std::nullopt);
+  [[nodiscard]] Result<bool> pin_some(SessionId session, Selection& selection, bool pinned,
+                                      std::vector<std::string>& names);
+  // Makes a selection of what is used least, and may go, as much of it as it takes.
+  [[nodiscard]] Selection least_used(SessionId session, std::uint64_t size_bytes) const;
 
-  // ---- Outside hands ----
+  // ---- Segments that somebody else opens, harms or removes ----
 
   // Somebody broke the lease with this descriptor: opened the segment for writing. Null if it is none of
   // ours.
@@ -370,8 +375,8 @@ class Store {
   [[nodiscard]] Holdings& holdings(SessionId session);
   [[nodiscard]] Result<void> check_name_is_free(SessionId session, const CreateRequest& request) const;
   [[nodiscard]] Ownership owner_of(SessionId session, const CreateRequest& request) const;
-  ArrayRecord& add_record(SessionId session, ArrayId id, const CreateRequest& request, std::string header,
-                          Room room, Time now);
+  ArrayRecord& add_record(SessionId session, ArrayId id, const CreateRequest& request,
+                          std::uint32_t header_bytes, Room room, Time now);
   [[nodiscard]] ArrayId current_of(const std::string& name) const;
   [[nodiscard]] const ArrayRecord* being_written(const std::string& name) const;
   [[nodiscard]] Result<void> make_room(std::uint64_t size_bytes);
@@ -379,14 +384,13 @@ class Store {
   [[nodiscard]] std::string advice(std::uint64_t size_bytes, const MemoryStates& states) const;
   [[nodiscard]] std::string largest_holders() const;
   [[nodiscard]] Result<void> check_attach(SessionId session, const ArrayRecord& record) const;
-  [[nodiscard]] Result<std::string> header_for(SessionId session, const ArraySpec& spec) const;
+  [[nodiscard]] Result<std::uint32_t> header_bytes_for(SessionId session, const ArraySpec& spec) const;
   [[nodiscard]] Result<void> check_change(SessionId session, const ArrayRecord& record) const;
   [[nodiscard]] tl::unexpected<Error> not_to_be_changed(const std::string& name) const;
   [[nodiscard]] bool is_current(const ArrayRecord& record) const;
   void hold_against_patterns(SessionId session, const ArrayRecord& record, Selection& selection) const;
-  [[nodiscard]] Result<std::vector<ArrayRecord*>> selected(SessionId session, const Selection& selection,
-                                                           bool may_be_gone = false);
-  [[nodiscard]] std::vector<ArrayId> oldest_idle(SessionId session, std::uint64_t size_bytes) const;
+  [[nodiscard]] Result<void> select_names(SessionId session, Selection& selection, bool may_be_gone);
+  [[nodiscard]] std::vector<ArrayRecord*> take_selected(Selection& selection);
   void account(ArrayRecord& record);
   void discount(ArrayRecord& record);
   void index_leases(const ArrayRecord& record);

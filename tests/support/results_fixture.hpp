@@ -180,7 +180,7 @@ class ResultSetsTest : public StoreTest {
   Result<void> commit_array(SessionId session, ArrayId id, SlotIndex slot) {
     const auto sealing = results_->begin_sealing(session, set(id), slot, 0);
     if (!sealing) return error_of(sealing);
-    seal(kHouse, sealing->array);
+    seal(kDaemonSession, sealing->array);
     return results_->commit_array(session, *sealing, now().time);
   }
 

@@ -80,7 +80,7 @@ class StoreTest : public ShmTest {
   ArrayId reserve(SessionId session, const std::string& name) { return reserve(session, name, Options()); }
 
   [[nodiscard]] Segment make_segment(ArrayId id) const {
-    return make_segment(id, record(id).segment_bytes(), record(id).header);
+    return make_segment(id, record(id).segment_bytes(), *header_of(record(id)));
   }
   [[nodiscard]] Segment make_segment(ArrayId id, std::uint64_t size_bytes, const std::string& header) const {
     auto segment = env_.create(id, size_bytes, header, {}, never_);
@@ -128,14 +128,29 @@ class StoreTest : public ShmTest {
     return selection;
   }
   Result<Store::Evicted> evict(SessionId session, const Names& texts) {
-    return store_->evict(session, select(session, texts));
+    return evict(session, select(session, texts));
   }
-  Result<Names> pin(SessionId session, const Names& texts) {
-    return store_->pin(session, select(session, texts), true);
+  Result<Store::Evicted> evict(SessionId session, Selection selection) {
+    Store::Evicted evicted;
+    for (;;) {
+      const auto is_done = store_->evict_some(session, selection, evicted);
+      if (!is_done) return error_of(is_done);
+      if (*is_done) return evicted;
+    }
   }
-  Result<Names> unpin(SessionId session, const Names& texts) {
-    return store_->pin(session, select(session, texts), false);
+  Result<Store::Evicted> evict_lru(SessionId session, std::uint64_t size_bytes) {
+    return evict(session, store_->least_used(session, size_bytes));
   }
+  Result<Names> pin(SessionId session, const Names& texts, bool pinned = true) {
+    Selection selection = select(session, texts);
+    Names names;
+    for (;;) {
+      const auto is_done = store_->pin_some(session, selection, pinned, names);
+      if (!is_done) return error_of(is_done);
+      if (*is_done) return names;
+    }
+  }
+  Result<Names> unpin(SessionId session, const Names& texts) { return pin(session, texts, false); }
 
   // What the daemon does in the background: gives the memory of gone arrays back.
   void reclaim() {

@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include "daemon/requests/table.hpp"
 #include "proto/fd_socket.hpp"
 #include "proto/result_segment.hpp"
 #include "tests/unit/result.hpp"

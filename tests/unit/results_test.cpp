@@ -513,7 +513,7 @@ TEST_F(ResultSetsTest, OnlyTheHolderCommitsAnArray) {
   const auto sealing = results_->begin_sealing(kMate, set(id), 0, 0);
   ASSERT_THAT(sealing, Succeeds());
   EXPECT_THAT(results_->commit_array(kMate, *sealing, now().time), FailsWith(Errc::not_holder));
-  seal(kHouse, array);
+  seal(kDaemonSession, array);
   EXPECT_THAT(set(id).allocated, testing::SizeIs(1));
   EXPECT_THAT(results_->commit_array(kMate, *sealing, now().time), Succeeds());
   EXPECT_THAT(set(id).allocated, IsEmpty());

@@ -34,16 +34,16 @@ TEST_F(StoreForResults, AnArrayOfTheHouseStaysWhenItsMakerGoesAndTheHouseSealsIt
   const auto id = store_->reserve(kAlice, request("x"), tick());
   ASSERT_THAT(id, Succeeds());
   EXPECT_THAT(store_->back(*id, make_segment(*id)), Succeeds());
-  EXPECT_NE(store_->hand_to_house(*id), nullptr);
+  EXPECT_NE(store_->hand_to_daemon(*id), nullptr);
   EXPECT_EQ(record(*id).writer_pid, 11);
   EXPECT_EQ(record(*id).owner.uid, kAliceUid);
   EXPECT_EQ(store_->use_of(kAlice).writing, 0U);
-  EXPECT_EQ(store_->use_of(kHouse).writing, 1U);
+  EXPECT_EQ(store_->use_of(kDaemonSession).writing, 1U);
   EXPECT_THAT(store_->seal(kAlice, *id, false, tick()), FailsWith(Errc::not_holder));
   store_->close_session(kAlice);
   EXPECT_TRUE(exists(*id));
-  seal(kHouse, *id);
-  EXPECT_EQ(store_->use_of(kHouse).writing, 0U);
+  seal(kDaemonSession, *id);
+  EXPECT_EQ(store_->use_of(kDaemonSession).writing, 0U);
   EXPECT_EQ(attach(kAlice2, "x"), *id);
 }
 

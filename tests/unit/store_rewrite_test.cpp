@@ -26,7 +26,7 @@ class StoreRewrite : public StoreTest {
   [[nodiscard]] std::string file_of(ArrayId id) const { return "/dev/shm" + record(id).segment.name; }
   [[nodiscard]] Segment copy_of(ArrayId id) const {
     const ArrayRecord& from = record(id);
-    auto copy = env_.rewrite(from.segment, id, from.header, trailer_page(from), never_);
+    auto copy = env_.rewrite(from.segment, id, *header_of(from), trailer_page(from), never_);
     EXPECT_THAT(copy, Succeeds());
     return *std::move(copy);
   }

@@ -18,9 +18,7 @@ using testing::IsEmpty;
 class StoreSelection : public StoreTest {
  protected:
   StoreSelection() : StoreTest(5000) {}
-  Result<Store::Evicted> evict_named(const Names& names) {
-    return store_->evict(kAlice, Selection{.names = names});
-  }
+  Result<Store::Evicted> evict_named(const Names& names) { return evict(kAlice, Selection{.names = names}); }
   static Selection matching(const Names& patterns) {
     Selection selection;
     for (const auto& pattern : patterns) selection.patterns.push_back(*Glob::parse(pattern));
@@ -29,7 +27,7 @@ class StoreSelection : public StoreTest {
   Result<Store::Evicted> evict_matching(const Names& patterns) {
     auto selection = matching(patterns);
     EXPECT_EQ(store_->search(kAlice, selection), true);
-    return store_->evict(kAlice, selection);
+    return evict(kAlice, selection);
   }
   static Names names_of(const Listing<ArrayRecord>& page) {
     Names names;
@@ -83,7 +81,7 @@ TEST_F(StoreSelection, WhatWasFoundMayBeGoneWhenItsTurnComes) {
   ASSERT_EQ(store_->search(kAlice, selection), true);
   ASSERT_THAT(evict_named({"a1"}), Succeeds());
   const ArrayId replaced = put(kAlice, "a2", {.replace = true});
-  EXPECT_THAT(store_->evict(kAlice, selection)->names, ElementsAre("a3"));
+  EXPECT_THAT(evict(kAlice, selection)->names, ElementsAre("a3"));
   EXPECT_TRUE(exists(replaced));
 }
 
@@ -99,7 +97,7 @@ TEST_F(StoreSelection, NoSliceOfASearchTakesLong) {
     EXPECT_LE(selection.steps - before, most);
   }
   EXPECT_GT(slices, 10);
-  EXPECT_THAT(store_->evict(kAlice, selection), FailsWith(Errc::not_found));
+  EXPECT_THAT(evict(kAlice, selection), FailsWith(Errc::not_found));
 }
 
 TEST_F(StoreSelection, ASearchThatTakesTooLongIsRefused) {

@@ -213,7 +213,7 @@ TEST_F(StoreTest, ReadingIsNotChanging) {
   EXPECT_THAT(pin(kStranger, {"x"}), FailsWith(Errc::permission_denied));
   EXPECT_THAT(try_reserve(kStranger, "x", {.replace = true}), FailsWith(Errc::permission_denied));
   EXPECT_THAT(evict(kStranger, {"*"}), FailsWith(Errc::not_found));
-  EXPECT_THAT(store_->evict_lru(kStranger, SIZE_MAX)->names, IsEmpty());
+  EXPECT_THAT(evict_lru(kStranger, SIZE_MAX)->names, IsEmpty());
   EXPECT_THAT(evict(kRoot, {"x"}), Succeeds());
 }
 
@@ -351,13 +351,13 @@ TEST_F(StoreTest, EvictLruTakesTheLeastRecentlyUsedUntilItIsEnough) {
   attach(kAlice2, "viewed");
   attach(kAlice, "oldest");
   release(kAlice, oldest);  // now the most recent
-  const auto evicted = store_->evict_lru(kAlice, 3 * kPageBytes + 1);
+  const auto evicted = evict_lru(kAlice, 3 * kPageBytes + 1);
   ASSERT_THAT(evicted, Succeeds());
   EXPECT_THAT(evicted->names, ElementsAre("older", "old"));
   EXPECT_EQ(evicted->freed_bytes, 6 * kPageBytes);
-  EXPECT_THAT(store_->evict_lru(kAlice, SIZE_MAX)->names, ElementsAre("oldest"));
+  EXPECT_THAT(evict_lru(kAlice, SIZE_MAX)->names, ElementsAre("oldest"));
   EXPECT_TRUE(exists(viewed));
-  EXPECT_THAT(store_->evict_lru(kAlice, SIZE_MAX)->names, IsEmpty());
+  EXPECT_THAT(evict_lru(kAlice, SIZE_MAX)->names, IsEmpty());
 }
 
 // ---- Room ----

@@ -52,8 +52,8 @@ struct PlainStore {
   std::map<ArrayId, PlainArray> arrays{};
   std::map<ArrayId, std::uint64_t> orphans{};
   std::map<std::string, std::uint64_t> versions{};  // the last of each name
-  std::uint64_t reclaiming_pages = 0;  // the orphans' too, and what outsiders keep
-  std::uint64_t outside_pages = 0;     // of them
+  std::uint64_t reclaiming_pages = 0;               // the orphans' too, and what outsiders keep
+  std::uint64_t outside_pages = 0;                  // of them
 
   [[nodiscard]] ArrayId current(const std::string& name) const {
     for (const auto& [id, array] : arrays) {
@@ -193,7 +193,7 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
     expect(id, refusal);
     if (!id) return;
     ASSERT_EQ(*id, model_.last_id);
-    making_[*id] = {options.pages * kPageBytes, record(*id).header};
+    making_[*id] = {options.pages * kPageBytes, *header_of(record(*id))};
   }
 
   // What is being made is there now, or could not be had.
@@ -317,7 +317,7 @@ class StoreWalk : public StoreTest, public testing::WithParamInterface<unsigned>
       expected.freed_bytes += model_.arrays.at(id).pages * kPageBytes;
       model_.drain(id);
     }
-    const auto evicted = store_->evict_lru(pick_session(), pages * kPageBytes);
+    const auto evicted = evict_lru(pick_session(), pages * kPageBytes);
     ASSERT_THAT(evicted, Succeeds());
     ASSERT_EQ(evicted->names, expected.names);
     ASSERT_EQ(evicted->freed_bytes, expected.freed_bytes);

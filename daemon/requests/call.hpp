@@ -1,4 +1,4 @@
-// What a peer may ask for, and the answers: one function for each request of the schema.
+// One request under way, and its reply.
 #pragma once
 
 #include <memory>
@@ -52,8 +52,6 @@ template <class Table>
   return std::chrono::steady_clock::now() + std::chrono::milliseconds(wait_ms);
 }
 
-inline constexpr std::size_t kPageItems = 512;  // of one listing at most
-
 // Tries until there is room: waits while memory is being given back, or taken only for a while, and looks
 // once whether what outsiders hold is free by now. `reserve` returns a Result<T>.
 template <class Reserve>
@@ -76,28 +74,5 @@ template <class Reserve>
   }
   co_return reserved;
 }
-
-// Why memory that the capacity had room for could not be backed: `error`, or that something else fills the
-// file system that the segments lie in.
-[[nodiscard]] tl::unexpected<Error> not_backed(const Core& core, std::uint64_t size_bytes,
-                                               const Error& error);
-
-// An array being written, backed by memory.
-[[nodiscard]] asio::awaitable<Result<const ArrayRecord*>> make_array(Call& call,
-                                                                     const CreateRequest& request);
-// The reply to who shall write it; whoever calls this notes the grant.
-[[nodiscard]] Reply created_reply(Call& call, const ArrayRecord& record);
-// Seals what the session `writer` writes, waiting a moment for the kernel to forget a mapping that was just
-// given up. Errors: as Store::seal, and still_writable, which names who can write.
-[[nodiscard]] asio::awaitable<Result<void>> seal(Call& call, SessionId writer, ArrayId id, bool keep_view,
-                                                 std::uint64_t checksum = 0);
-
-[[nodiscard]] std::size_t page_limit(std::uint32_t asked);
-// What a listing is of. Errors: invalid_argument.
-[[nodiscard]] Result<NameFilter> filter_of(const flatbuffers::String* name,
-                                           const flatbuffers::String* pattern);
-
-// Carries out `request`, which has been verified. The frame that it lies in must outlive the coroutine.
-[[nodiscard]] Answer answer(Call& call, const wire::Request& request);
 
 }  // namespace cowmgr
