@@ -4,7 +4,6 @@
 #include <array>
 #include <charconv>
 #include <cmath>
-#include <sstream>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -16,7 +15,6 @@
 namespace cowmgr::cli {
 namespace {
 
-constexpr int kWrongUsage = 2;
 constexpr std::uint32_t kAllModeBits = 0777;
 
 // CLI11 would read some arguments its own way: "[a,b]" as a list, so that the glob [ab] lost its brackets,
@@ -299,13 +297,6 @@ std::string wrong_usage_text(const CLI::App& app, const CLI::ParseError& error) 
                                 : fmt::format("; see `cowctl {} --help`", chosen.front()->get_name()));
 }
 
-Answer answer_of(const CLI::App& app, const CLI::ParseError& error) {
-  if (error.get_exit_code() != 0) return {kWrongUsage, wrong_usage_text(app, error)};
-  std::ostringstream out;
-  app.exit(error, out, out);
-  return {0, out.str()};
-}
-
 }  // namespace
 
 std::variant<Options, Answer> parse_command_line(int argc, const char* const* argv) {
@@ -316,7 +307,7 @@ std::variant<Options, Answer> parse_command_line(int argc, const char* const* ar
   try {
     app.parse(reversed_arguments(argc, argv));
   } catch (const CLI::ParseError& error) {
-    return answer_of(app, error);
+    return answer_of(app, error, wrong_usage_text(app, error));
   }
   choose_command(options, app.get_subcommands().front()->get_name());
   options.style = Style::of(stdout);

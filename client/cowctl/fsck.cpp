@@ -1,6 +1,7 @@
 // `cowctl fsck`: what instances have in shared memory, read from the segments themselves. Needs no daemon.
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <fcntl.h>
 #include <filesystem>
@@ -43,19 +44,9 @@ struct Instance {
   std::vector<Entry> entries{};
 };
 
-constexpr std::string_view state_of(SegmentFile::Kind kind) {
-  switch (kind) {
-    case SegmentFile::Kind::sealed:
-      return "sealed";
-    case SegmentFile::Kind::unsealed:
-      return "unsealed";
-    case SegmentFile::Kind::slots:
-      return "results";
-    case SegmentFile::Kind::newer:
-      return "newer";  // for a newer daemon: not to be removed
-    default:
-      return "damaged";
-  }
+std::string state_of(SegmentFile::Kind kind) {
+  constexpr std::array<const char*, 5> kStates = {"unsealed", "sealed", "results", "damaged", "newer"};
+  return kStates.at(static_cast<std::size_t>(kind));
 }
 
 std::string path_of(const std::string& file) {
@@ -202,13 +193,7 @@ std::string note_of(const Instance& instance) {
 }
 
 std::string to_text(const Instance& instance, Style style) {
-  Table table({{.header = "FILE"},
-               {.header = "STATE"},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "NAME"},
-               {.header = "VERSION", .align = Align::right},
-               {.header = "OWNER"},
-               {.header = "NOTE"}});
+  std::vector<Row> rows;
   for (const Entry& entry : instance.entries) {
     const auto& [segment, trailer, results] =
         std::tie(entry.segment, entry.segment.trailer, entry.segment.results);
@@ -217,12 +202,14 @@ std::string to_text(const Instance& instance, Style style) {
     uid_t owner = segment.file_owner;
     if (is_sealed) owner = trailer.owner_uid;
     if (is_results) owner = results.owner_uid;
-    table.add_row(
-        {entry.file, entry.state, format_size(segment.size_bytes), is_sealed ? trailer.name : results.name,
-         is_sealed ? std::to_string(trailer.version) : "", user_name(owner), note_of(entry)},
-        entry.state == "damaged" ? Table::Emphasis::bold : Table::Emphasis::none);
+    rows.push_back(
+        {{entry.file, entry.state, format_size(segment.size_bytes), is_sealed ? trailer.name : results.name,
+          is_sealed ? std::to_string(trailer.version) : "", user_name(owner), note_of(entry)},
+         bold_if(entry.state == "damaged")});
   }
-  return fmt::format("instance {}: {}\n{}", instance.name, daemon_in_words(instance), table.to_string(style));
+  return fmt::format(
+      "instance {}: {}\n{}", instance.name, daemon_in_words(instance),
+      table({"FILE", "STATE", ">SIZE", "NAME", ">VERSION", "OWNER", "NOTE"}, std::move(rows), style));
 }
 
 }  // namespace

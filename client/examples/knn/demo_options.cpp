@@ -1,7 +1,6 @@
 #include "client/examples/knn/demo_options.hpp"
 
 #include <algorithm>
-#include <sstream>
 #include <thread>
 
 #include <CLI/CLI.hpp>
@@ -10,7 +9,6 @@
 namespace cowmgr::knn {
 namespace {
 
-constexpr int kWrongUsage = 2;
 constexpr std::size_t kMaxWorkers = 256;          // each takes some MiB of its own
 constexpr std::size_t kMaxCount = 1'000'000'000;  // of rows and slots; the data set the real limit
 constexpr std::size_t kFewestWorkers = 4;         // with fewer, one copy saves little to look at
@@ -58,17 +56,9 @@ void declare(CLI::App& app, DemoOptions& options) {
   app.footer(kFooter);
 }
 
-DemoAnswer answer_of(const CLI::App& app, const CLI::ParseError& error) {
-  if (error.get_exit_code() != 0)
-    return {kWrongUsage, fmt::format("{}; see `knn-demo --help`", error.what())};
-  std::ostringstream out;
-  app.exit(error, out, out);
-  return {0, out.str()};
-}
-
 }  // namespace
 
-std::variant<DemoOptions, DemoAnswer> parse_demo_options(int argc, const char* const* argv) {
+std::variant<DemoOptions, cli::Answer> parse_demo_options(int argc, const char* const* argv) {
   DemoOptions options;
   options.workers = std::clamp<std::size_t>(std::thread::hardware_concurrency(), kFewestWorkers, kMaxWorkers);
   CLI::App app(kDescription, "knn-demo");
@@ -76,7 +66,7 @@ std::variant<DemoOptions, DemoAnswer> parse_demo_options(int argc, const char* c
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return answer_of(app, error);
+    return cli::answer_of(app, error, fmt::format("{}; see `knn-demo --help`", error.what()));
   }
   return options;
 }

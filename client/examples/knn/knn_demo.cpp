@@ -5,7 +5,6 @@
 // for the daemon.
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -36,18 +35,11 @@
 namespace cowmgr::knn {
 namespace {
 
+using cli::print;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kGlance = std::chrono::milliseconds(100);  // between two looks at the workers
 constexpr auto kSealPatience = std::chrono::seconds(10);  // until a process that can still write is an error
-
-// Who closed the other end, as `head` does, has read what it wanted: that is no error.
-Result<void> print(std::string_view text) {
-  const bool is_written =
-      std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
-  if (is_written || errno == EPIPE) return {};
-  return tl::unexpected(os_error("write", "standard output", errno));
-}
 
 // The files that were asked for. Made before the work, so that a bad name costs nobody a minute.
 struct Outputs {
@@ -130,7 +122,7 @@ Result<void> put_inputs(const Client& client, const FashionMnist& data, Belongin
 // Waits for the last slot, with an eye on the workers: without them it would never come.
 Result<Array> wait_for_predictions(ResultSet& set, Workers& workers, const Interrupts& interrupts) {
   const std::uint64_t rows = set.spec().shape.front();
-  cli::ProgressBar bar("classifying", rows, cli::Progress::Unit::items);
+  cli::ProgressBar bar("classifying", rows, cli::ProgressBar::Unit::items);
   const auto show = [&](const ResultsInfo& info) { bar.update(rows * info.committed / info.slots); };
   std::optional<Clock::time_point> refused;  // since when the complete result cannot be sealed
   for (;;) {
@@ -273,7 +265,7 @@ class Demo {
 
 int run(int argc, const char* const* argv) {
   const auto parsed = parse_demo_options(argc, argv);
-  if (const auto* answer = std::get_if<DemoAnswer>(&parsed)) {
+  if (const auto* answer = std::get_if<cli::Answer>(&parsed)) {
     if (answer->exit_code == 0) return print(answer->text) ? 0 : 1;
     fmt::print(stderr, "knn-demo: {}\n", cli::visible(answer->text));
     return answer->exit_code;

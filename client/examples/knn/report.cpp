@@ -21,25 +21,19 @@ MemoryUse sum_of(const std::vector<WorkerReport>& workers) {
 }
 
 std::string memory_table(const DemoReport& report, cli::Style style) {
-  using cli::Align;
-  cli::Table table({{"worker", Align::left},
-                    {"images", Align::right},
-                    {"RSS", Align::right},
-                    {"PSS", Align::right},
-                    {"private", Align::right}});
-  const auto add = [&](std::string who, std::uint64_t rows, const MemoryUse& use,
-                       cli::Table::Emphasis emphasis) {
-    table.add_row({std::move(who), std::to_string(rows), format_size(use.rss_bytes),
-                   format_size(use.pss_bytes), format_size(use.private_bytes)},
-                  emphasis);
+  std::vector<cli::Row> rows;
+  const auto add = [&](std::string who, std::uint64_t images, const MemoryUse& use, bool is_sum) {
+    rows.push_back({{std::move(who), std::to_string(images), format_size(use.rss_bytes),
+                     format_size(use.pss_bytes), format_size(use.private_bytes)},
+                    cli::bold_if(is_sum)});
   };
-  std::uint64_t rows = 0;
+  std::uint64_t images = 0;
   for (const auto& worker : report.by_worker) {
-    add(fmt::format("process {}", worker.pid), worker.rows, worker.memory, cli::Table::Emphasis::none);
-    rows += worker.rows;
+    add(fmt::format("process {}", worker.pid), worker.rows, worker.memory, false);
+    images += worker.rows;
   }
-  add("sum", rows, sum_of(report.by_worker), cli::Table::Emphasis::bold);
-  return table.to_string(style);
+  add("sum", images, sum_of(report.by_worker), true);
+  return cli::table({"worker", ">images", ">RSS", ">PSS", ">private"}, std::move(rows), style);
 }
 
 template <class Member>
