@@ -26,18 +26,18 @@ constexpr const char* kFooter =
 
 void declare(CLI::App& app, DemoOptions& options) {
   const CLI::Range count(std::size_t{1}, kMaxCount, "COUNT");
-  app.add_option("--workers", options.workers,
+  app.add_option("--workers", options.task.workers,
                  "Number of worker processes. Default: one a processor, at least 4")
       ->check(CLI::Range(std::size_t{1}, kMaxWorkers))
       ->type_name("N");
-  app.add_option("--k", options.k, "Number of neighbours that vote. Default: 5")
+  app.add_option("--k", options.task.k, "Number of neighbours that vote. Default: 5")
       ->check(count)
       ->type_name("K");
-  app.add_option("--slots", options.slots,
+  app.add_option("--slots", options.task.slots,
                  "Number of parts of the work. Default: such as to keep all workers busy")
       ->check(count)
       ->type_name("N");
-  app.add_option("--test-rows", options.test_rows, "Classify only the first N test images")
+  app.add_option("--test-rows", options.task.test_rows, "Classify only the first N test images")
       ->check(count)
       ->type_name("N");
   app.add_option("--data", options.data, "Where the data set lies. Default: " + options.data)
@@ -60,7 +60,8 @@ void declare(CLI::App& app, DemoOptions& options) {
 
 std::variant<DemoOptions, cli::Answer> parse_demo_options(int argc, const char* const* argv) {
   DemoOptions options;
-  options.workers = std::clamp<std::size_t>(std::thread::hardware_concurrency(), kFewestWorkers, kMaxWorkers);
+  options.task.workers =
+      std::clamp<std::size_t>(std::thread::hardware_concurrency(), kFewestWorkers, kMaxWorkers);
   CLI::App app(kDescription, "knn-demo");
   declare(app, options);
   try {

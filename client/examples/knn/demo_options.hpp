@@ -10,11 +10,16 @@
 
 namespace cowmgr::knn {
 
-struct DemoOptions {
+// What is done, and by how many.
+struct DemoTask {
   std::size_t workers = 0;    // at least 1
   std::size_t k = 5;          // at least 1
   std::uint64_t slots = 0;    // 0: slots_for() chooses
   std::size_t test_rows = 0;  // the first so many; 0: all
+};
+
+struct DemoOptions {
+  DemoTask task;
   std::string data = "/usr/share/datasets/fashion-mnist";
   std::string json_file;         // empty: none
   std::string predictions_file;  // empty: none
