@@ -24,10 +24,10 @@ std::string known(std::string_view name) {
   return std::string(name.empty() ? "unknown" : name);
 }
 
-template <class Enum, std::size_t kCount>
-std::string name_in(const std::array<std::string_view, kCount>& names, Enum value) {
+template <class Enum, std::size_t Count>
+std::string name_in(const std::array<std::string_view, Count>& names, Enum value) {
   const auto at = static_cast<std::size_t>(value);
-  return known(at < kCount ? names[at] : "");
+  return known(at < Count ? names[at] : "");
 }
 
 }  // namespace

@@ -48,11 +48,6 @@ bool take_over_mode(int fd, const struct stat& replaced) {
 
 }  // namespace
 
-void OutputFile::Remove::operator()(const std::string* name) const noexcept {
-  ::unlink(name->c_str());
-  delete name;
-}
-
 Result<OutputFile> OutputFile::create(const std::string& path, bool overwrite) {
   if (path.empty()) return fail(Errc::invalid_argument, "the file's name is empty; name a file to write");
   struct stat old {};
@@ -93,7 +88,7 @@ Result<OutputFile> OutputFile::create_beside(const std::string& path, bool overw
     const std::string partial = partial_name(path);
     file.fd_.reset(::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, mode));
     if (!file.fd_) return os_fail("create", partial, errno);
-    file.partial_.reset(new std::string(partial));
+    file.partial_ = partial;
   }
   if (replaced != nullptr && !take_over_mode(file.fd_.get(), *replaced))
     return os_fail("fchmod", path, errno);
@@ -112,12 +107,12 @@ Result<void> OutputFile::write(std::span<const std::byte> bytes) {
 }
 
 Result<void> OutputFile::commit() {
-  if (!is_direct_ && !partial_) {
+  if (!is_direct_ && partial_.empty()) {
     const std::string partial = partial_name(path_);
     const std::string self = fmt::format("/proc/self/fd/{}", fd_.get());
     if (::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, partial.c_str(), AT_SYMLINK_FOLLOW) != 0)
       return os_fail("create", partial, errno);
-    partial_.reset(new std::string(partial));
+    partial_ = partial;
   }
   // Network file systems report a full disk as late as here.
   if (::close(fd_.release()) != 0) return os_fail("close", path_, errno);
@@ -126,14 +121,14 @@ Result<void> OutputFile::commit() {
 
 Result<void> OutputFile::rename_to_path() {
   const unsigned flags = overwrite_ ? 0 : RENAME_NOREPLACE;
-  int result = ::renameat2(AT_FDCWD, partial_->c_str(), AT_FDCWD, path_.c_str(), flags);
+  int result = ::renameat2(AT_FDCWD, partial_.c_str(), AT_FDCWD, path_.c_str(), flags);
   if (result != 0 && errno == EINVAL && !overwrite_) {  // a file system without that flag: NFS
     struct stat status {};
     if (::lstat(path_.c_str(), &status) == 0) return exists(path_);
-    result = ::rename(partial_->c_str(), path_.c_str());
+    result = ::rename(partial_.c_str(), path_.c_str());
   }
   if (result != 0) return errno == EEXIST ? exists(path_) : os_fail("rename to", path_, errno);
-  partial_.reset();
+  partial_.clear();
   return {};
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <span>
 #include <string>
 #include <sys/stat.h>
@@ -23,6 +22,16 @@ class OutputFile {
   [[nodiscard]] static Result<OutputFile> create(const std::string& path, bool overwrite);
   // Writes to standard output, as it is.
   [[nodiscard]] static Result<OutputFile> standard_output();
+  OutputFile(OutputFile&& other) noexcept
+      : OutputFile(std::move(other.fd_), std::move(other.path_), other.overwrite_, other.is_direct_) {
+    partial_.swap(other.partial_);
+  }
+  OutputFile& operator=(OutputFile&&) = delete;
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  ~OutputFile() {
+    if (!partial_.empty()) ::unlink(partial_.c_str());
+  }
 
   // Appends. Errors: os_failure, also when the file system is full.
   [[nodiscard]] Result<void> write(std::span<const std::byte> bytes);
@@ -30,10 +39,6 @@ class OutputFile {
   [[nodiscard]] Result<void> commit();
 
  private:
-  struct Remove {  // after the rename there is nothing of that name any more
-    void operator()(const std::string* name) const noexcept;
-  };
-
   OutputFile(UniqueFd fd, std::string path, bool overwrite, bool is_direct)
       : fd_(std::move(fd)), path_(std::move(path)), overwrite_(overwrite), is_direct_(is_direct) {}
   [[nodiscard]] static Result<OutputFile> create_beside(const std::string& path, bool overwrite,
@@ -42,7 +47,7 @@ class OutputFile {
 
   UniqueFd fd_;
   std::string path_;
-  std::unique_ptr<const std::string, Remove> partial_;  // the name on the disk until the file is complete
+  std::string partial_;  // the name on the disk until the file is complete; empty: none
   bool overwrite_;
   bool is_direct_;  // a device, a pipe or standard output: it has its name
 };

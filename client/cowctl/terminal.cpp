@@ -16,7 +16,6 @@ namespace cowmgr::cli {
 namespace {
 
 constexpr const char* kEraseLine = "\r\033[K";
-constexpr std::size_t kUsualColumns = 80;  // of a terminal that does not tell
 constexpr std::size_t kLongestBar = 40;
 constexpr std::size_t kShortestBar = 8;  // below that it says less than the percentage beside it
 constexpr auto kDrawInterval = std::chrono::milliseconds(100);
@@ -24,12 +23,11 @@ constexpr auto kDrawInterval = std::chrono::milliseconds(100);
 // Takes the first character off `text`, which is not empty, and tells how many columns it is wide: 2 for
 // some, 0 for a combining one, -1 for what is not printable. Names are UTF-8, whatever locale the user has.
 std::pair<std::string_view, int> take_glyph(std::string_view& text) noexcept {
-  static const char* const utf8 = std::setlocale(LC_CTYPE, "C.UTF-8");
+  [[maybe_unused]] static const char* const locale = std::setlocale(LC_CTYPE, "C.UTF-8");
   const auto [code, length] = decode_utf8(text);
   const auto bytes = text.substr(0, std::max<std::size_t>(length, 1));
   text.remove_prefix(bytes.size());
-  if (length == 0 || code == 0) return {bytes, -1};
-  return {bytes, utf8 != nullptr || code < 0x80 ? ::wcwidth(static_cast<wchar_t>(code)) : 1};
+  return {bytes, length == 0 || code == 0 ? -1 : ::wcwidth(static_cast<wchar_t>(code))};
 }
 
 std::size_t display_width(std::string_view text) {
@@ -40,8 +38,8 @@ std::size_t display_width(std::string_view text) {
 
 std::size_t terminal_columns() noexcept {
   winsize size{};
-  const bool is_known = ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-  return is_known ? size.ws_col : kUsualColumns;
+  static_cast<void>(::ioctl(STDERR_FILENO, TIOCGWINSZ, &size));
+  return size.ws_col > 0 ? size.ws_col : 80;  // of one that does not tell
 }
 
 // A bar that cannot be drawn is no reason to stop the work.
@@ -68,8 +66,7 @@ std::string visible(std::string_view text) {
 
 Style Style::of(std::FILE* stream) noexcept {
   const char* no_color = std::getenv("NO_COLOR");
-  const bool is_refused = no_color != nullptr && *no_color != '\0';
-  return {is_terminal(stream) && !is_refused};
+  return {is_terminal(stream) && (no_color == nullptr || *no_color == '\0')};
 }
 
 std::string Style::emphasized(std::string_view text, fmt::text_style how) const {
@@ -135,7 +132,7 @@ std::string ProgressBar::numbers() const {
   const auto done = static_cast<double>(done_);
   const auto total = static_cast<double>(total_);
   const double seconds = std::chrono::duration<double>(Clock::now() - started_).count();
-  const std::string counts = fmt::format("{} of {}", text(done, 0), text(total, 0));
+  std::string counts = fmt::format("{} of {}", text(done, 0), text(total, 0));
   if (done_ == 0 || seconds <= 0) return counts;
   const std::string rates = fmt::format("{}  {}/s", counts, text(done / seconds, 1));
   if (done_ >= total_) return fmt::format("{}  in {:.1f} s", rates, seconds);
@@ -150,9 +147,9 @@ std::string ProgressBar::line() const {
   const std::string head = fmt::format("{}  {:3}%  ", label_, static_cast<int>(part * 100));
   const std::size_t columns = terminal_columns() - 1;
   const std::size_t text_columns = display_width(head) + numbers.size();
-  if (text_columns > columns) return numbers.substr(0, columns);
   constexpr std::size_t kFrame = 4;  // "[]  "
-  if (text_columns + kFrame + kShortestBar > columns) return head + numbers;
+  if (text_columns + kFrame + kShortestBar > columns)
+    return text_columns > columns ? numbers.substr(0, columns) : head + numbers;
   const std::size_t length = std::min(columns - text_columns - kFrame, kLongestBar);
   const std::string filled(static_cast<std::size_t>(part * static_cast<double>(length)), '#');
   return fmt::format("{}[{:.<{}}]  {}", head, filled, length, numbers);
