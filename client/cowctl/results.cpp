@@ -72,7 +72,7 @@ Result<Report> cancel(const ResultSet& set) {
 }  // namespace
 
 Result<Report> run_results(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   if (!options.names.empty() && !options.match) {
     auto set = client->open_results(options.names.front());

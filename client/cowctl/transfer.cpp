@@ -91,7 +91,7 @@ Result<Report> run_put(const Options& options) {
   if (!input) return error_of(std::move(input));
   const auto name = name_to_put(options);
   if (!name) return error_of(name);
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   auto writer = client->create(*name, input->spec(), options.create);
   if (!writer) return refused_put(std::move(writer).error());
@@ -110,7 +110,7 @@ Result<Report> run_put(const Options& options) {
 
 Result<Report> run_get(const Options& options) {
   const auto start = Clock::now();
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto array = client->attach(options.name);
   if (!array) return error_of(array);
@@ -155,7 +155,7 @@ Json verified_json(const ArrayInfo& info, const std::string& result) {
 }  // namespace
 
 Result<Report> run_verify(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto arrays = listed(*client, options);
   if (arrays && arrays->empty() && !options.names.empty())
