@@ -1,6 +1,7 @@
 #include "cowmgr/embedded.hpp"
 
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <fcntl.h>
@@ -200,6 +201,7 @@ struct EmbeddedDaemon::Impl {
     detail::forget_fd(lifeline.get());
     lifeline.reset();
     if (pid < 0) return {};
+    ::kill(pid, SIGCONT);  // what somebody stopped would not end
     int status = 0;
     const bool is_told = detail::wait_for(std::exchange(pid, -1), status) > 0;  // not if SIGCHLD is ignored
     if (is_told && status == 0) return {};

@@ -151,6 +151,12 @@ TEST_F(Embedded, IsStoppedOnRequest) {
   EXPECT_THAT(daemon->stop(), Succeeds()) << "once is enough";
 }
 
+TEST_F(Embedded, EndsThoughSomebodyStoppedIt) {
+  auto daemon = EmbeddedDaemon::start(options_);
+  ::kill(daemon->pid(), SIGSTOP);
+  EXPECT_THAT(daemon->stop(), Succeeds());
+}
+
 TEST_F(Embedded, TellsHowItEnded) {
   auto daemon = EmbeddedDaemon::start(options_);
   ::kill(daemon->pid(), SIGKILL);
