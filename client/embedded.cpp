@@ -1,21 +1,25 @@
 #include "cowmgr/embedded.hpp"
 
 #include <cerrno>
+#include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <fcntl.h>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <random>
-#include <spawn.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <sys/wait.h>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
 
+#include "client/child_process.hpp"
 #include "client/fork_guard.hpp"
 #include "proto/unique_fd.hpp"
 
@@ -25,6 +29,7 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr int kChildFd = 3;  // where the daemon finds its end of the lifeline
+constexpr int kOtherFd = 4;  // where one that may outlive us has our end, too
 
 std::string find_program(const std::string& wanted) {
   if (!wanted.empty()) return wanted;
@@ -36,10 +41,11 @@ std::string find_program(const std::string& wanted) {
 
 std::string random_instance() {
   std::random_device random;
-  return fmt::format("embedded-{:08x}{:08x}", random(), random());
+  return fmt::format("embedded-{}-{:08x}{:08x}", ::getpid(), random(), random());
 }
 
 constexpr const char* kSocketName = "/cowmgr.sock";
+constexpr const char* kLogName = "/cowmgr.log";
 constexpr const char* kDirectoryName = "/cowmgr-XXXXXX";
 
 // A directory of this user's alone (mode 0700) below `parent`.
@@ -67,34 +73,6 @@ Result<std::string> make_directory() {
   return make_directory_in("/tmp");
 }
 
-// Starts `arguments` with `lifeline` as its descriptor kChildFd.
-Result<pid_t> spawn(std::vector<std::string> arguments, int lifeline) {
-  std::vector<char*> argv;
-  argv.reserve(arguments.size() + 1);
-  for (auto& argument : arguments) argv.push_back(argument.data());
-  argv.push_back(nullptr);
-  posix_spawn_file_actions_t actions;
-  ::posix_spawn_file_actions_init(&actions);
-  ::posix_spawn_file_actions_adddup2(&actions, lifeline, kChildFd);
-  pid_t pid = 0;
-  const int rc = ::posix_spawnp(&pid, argv.front(), &actions, nullptr, argv.data(), environ);
-  ::posix_spawn_file_actions_destroy(&actions);
-  if (rc == ENOENT) {
-    return fail(
-        Errc::not_found,
-        fmt::format("there is no program {}; set COWMGR_DAEMON to the path of cowmgr", arguments.front()));
-  }
-  if (rc != 0) return tl::unexpected(os_error("posix_spawn", arguments.front(), rc));
-  return pid;
-}
-
-int wait_for(pid_t pid) noexcept {
-  int status = -1;
-  while (::waitpid(pid, &status, 0) < 0 && errno == EINTR) {
-  }
-  return status;
-}
-
 // A daemon that was killed could not clean up; nobody else knows its instance.
 void remove_leftovers(const std::string& instance) noexcept {
   std::error_code ignored;
@@ -106,68 +84,138 @@ void remove_leftovers(const std::string& instance) noexcept {
   }
 }
 
+void copy_to_stderr(const std::string& file) {
+  std::ifstream in(file);
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  static_cast<void>(std::fputs(text.c_str(), stderr));
+}
+
 }  // namespace
 
 struct EmbeddedDaemon::Impl {
   std::string instance = random_instance();
   std::string directory;
   std::string socket;
+  std::string log_file;
   UniqueFd lifeline;  // the daemon ends when this end is closed, by whom or what ever
-  pid_t pid = -1;
+  pid_t pid = -1;     // -1: not running, or not ours any more
+  bool is_kept = false;
   std::uint64_t generation = detail::fork_generation();
 
   Impl() = default;
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
   ~Impl() {
-    if (generation != detail::fork_generation()) {
+    if (is_forked()) {
       (void)lifeline.release();  // closed at the fork: the daemon is the parent's
       return;
     }
-    detail::forget_fd(lifeline.get());
-    lifeline.reset();
-    const int status = pid > 0 ? wait_for(pid) : 0;
-    if (status != 0) remove_leftovers(instance);
+    if (is_kept) {
+      detail::forget_fd(lifeline.get());
+      return;
+    }
+    (void)stop();
+    if (!log_file.empty()) copy_to_stderr(log_file);
     std::error_code ignored;
     if (!directory.empty()) fs::remove_all(directory, ignored);
+  }
+
+  [[nodiscard]] bool is_forked() const noexcept { return generation != detail::fork_generation(); }
+
+  Result<void> make_directory_for(const EmbeddedOptions& options) {
+    auto made = make_directory();
+    if (!made) return error_of(std::move(made));
+    directory = *std::move(made);
+    socket = directory + kSocketName;
+    if (options.may_outlive) log_file = directory + kLogName;
+    return {};
+  }
+
+  // Makes the lifeline; returns the daemon's end.
+  Result<UniqueFd> tie() {
+    int ends[2] = {-1, -1};
+    if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
+      return tl::unexpected(os_error("socketpair", "AF_UNIX", errno));
+    lifeline.reset(ends[0]);
+    detail::close_in_children(ends[0]);
+    return UniqueFd(ends[1]);
+  }
+
+  [[nodiscard]] std::vector<std::string> command(const EmbeddedOptions& options) const {
+    std::vector<std::string> words = {find_program(options.program),
+                                      "--socket",
+                                      socket,
+                                      "--instance",
+                                      instance,
+                                      "--log-level",
+                                      options.log_level,
+                                      "--parent-fd",
+                                      std::to_string(kChildFd)};
+    if (options.capacity_bytes > 0) {
+      words.emplace_back("--capacity");
+      words.push_back(std::to_string(options.capacity_bytes));
+    }
+    return words;
+  }
+
+  Result<void> launch(const EmbeddedOptions& options) {
+    const auto its_end = tie();
+    if (!its_end) return error_of(its_end);
+    std::vector<detail::Handed> descriptors = {{its_end->get(), kChildFd}};
+    UniqueFd null;
+    UniqueFd log;
+    if (options.may_outlive) {
+      null.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+      log.reset(::open(log_file.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600));
+      if (!null || !log) return tl::unexpected(os_error("open", log_file, errno));
+      // Whoever has both ends sees no end. And whoever reads our output to its end must not wait for the
+      // daemon's.
+      descriptors.insert(descriptors.end(), {{lifeline.get(), kOtherFd},
+                                             {null.get(), STDIN_FILENO},
+                                             {log.get(), STDOUT_FILENO},
+                                             {log.get(), STDERR_FILENO}});
+    }
+    const auto started = detail::spawn(command(options), descriptors);
+    if (started) pid = *started;
+    if (started) return {};
+    Error error = started.error();
+    if (error.code == Errc::not_found) error.message += "; set COWMGR_DAEMON to the path of cowmgr";
+    return tl::unexpected<Error>(std::move(error));
+  }
+
+  Result<void> await_ready() {
+    char ready = 0;
+    ssize_t count = 0;
+    do count = ::read(lifeline.get(), &ready, 1);
+    while (count < 0 && errno == EINTR);
+    if (count == 1) return {};
+    const auto ended = stop();
+    return fail(Errc::no_daemon, fmt::format("{}; its log on standard error says why",
+                                             ended ? "cowmgr ended at once" : ended.error().message));
+  }
+
+  // See EmbeddedDaemon::stop().
+  Result<void> stop() {
+    if (is_forked() || !lifeline) return {};
+    ::shutdown(lifeline.get(), SHUT_RDWR);  // a daemon that may outlive us has that end, too
+    detail::forget_fd(lifeline.get());
+    lifeline.reset();
+    if (pid < 0) return {};
+    ::kill(pid, SIGCONT);  // what somebody stopped would not end
+    int status = 0;
+    const bool is_told = detail::wait_for(std::exchange(pid, -1), status) > 0;  // not if SIGCHLD is ignored
+    if (is_told && status == 0) return {};
+    remove_leftovers(instance);
+    if (!is_told) return {};
+    return fail(Errc::no_daemon, fmt::format("cowmgr {}", detail::end_in_words(status)));
   }
 };
 
 Result<EmbeddedDaemon> EmbeddedDaemon::start(const EmbeddedOptions& options) {
   auto impl = std::make_unique<Impl>();
-  auto directory = make_directory();
-  if (!directory) return error_of(std::move(directory));
-  impl->directory = *std::move(directory);
-  impl->socket = impl->directory + kSocketName;
-  int ends[2] = {-1, -1};
-  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
-    return tl::unexpected(os_error("socketpair", "AF_UNIX", errno));
-  impl->lifeline.reset(ends[0]);
-  detail::close_in_children(ends[0]);
-  UniqueFd child_end(ends[1]);
-  std::vector<std::string> arguments = {find_program(options.program),
-                                        "--socket",
-                                        impl->socket,
-                                        "--instance",
-                                        impl->instance,
-                                        "--log-level",
-                                        options.log_level,
-                                        "--parent-fd",
-                                        std::to_string(kChildFd)};
-  if (options.capacity_bytes > 0) {
-    arguments.emplace_back("--capacity");
-    arguments.push_back(std::to_string(options.capacity_bytes));
-  }
-  auto pid = spawn(std::move(arguments), child_end.get());
-  if (!pid) return error_of(std::move(pid));
-  impl->pid = *pid;
-  child_end.reset();
-  char ready = 0;
-  ssize_t count = 0;
-  do count = ::read(impl->lifeline.get(), &ready, 1);
-  while (count < 0 && errno == EINTR);
-  if (count != 1)
-    return fail(Errc::no_daemon, "the embedded daemon ended at once; its log on standard error says why");
+  if (auto ok = impl->make_directory_for(options); !ok) return error_of(std::move(ok));
+  if (auto ok = impl->launch(options); !ok) return error_of(std::move(ok));
+  if (auto ok = impl->await_ready(); !ok) return error_of(std::move(ok));
   return EmbeddedDaemon(std::move(impl));
 }
 
@@ -181,6 +229,17 @@ const std::string& EmbeddedDaemon::socket() const noexcept {
 }
 pid_t EmbeddedDaemon::pid() const noexcept {
   return impl_->pid;
+}
+Result<void> EmbeddedDaemon::stop() {
+  return impl_->stop();
+}
+const std::string& EmbeddedDaemon::log_file() const noexcept {
+  return impl_->log_file;
+}
+
+void EmbeddedDaemon::keep() noexcept {
+  COWMGR_ASSERT(!impl_->log_file.empty());
+  impl_->is_kept = true;
 }
 
 }  // namespace cowmgr

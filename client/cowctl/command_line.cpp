@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <chrono>
 #include <cmath>
-#include <sstream>
+#include <functional>
 
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
@@ -16,7 +17,7 @@
 namespace cowmgr::cli {
 namespace {
 
-constexpr int kWrongUsage = 2;
+constexpr Milliseconds kAnswer = std::chrono::minutes(1);
 constexpr std::uint32_t kAllModeBits = 0777;
 
 // CLI11 would read some arguments its own way: "[a,b]" as a list, so that the glob [ab] lost its brackets,
@@ -225,30 +226,30 @@ std::string examples() {
   return out + "\nExit codes: 0 done, 1 refused, 2 wrong usage, 3 no daemon.";
 }
 
-void add_duration(CLI::App& app, const std::string& name, std::optional<Milliseconds>& target,
+void add_duration(CLI::App& app, const std::string& name, const std::function<void(Milliseconds)>& set,
                   const std::string& help) {
   app.add_option_function<std::string>(
-         name, [name, &target](const std::string& text) { target = duration_of(name, text); }, help)
+         name, [name, set](const std::string& text) { set(duration_of(name, text)); }, help)
       ->transform(&plain)
       ->type_name("DURATION");
 }
 
 void declare_globals(CLI::App& app, Options& options) {
   app.set_version_flag("--version", fmt::format("cowctl {}", kVersion));
-  add_text(app, "--socket", options.socket,
+  add_text(app, "--socket", options.daemon.socket,
            "The daemon's socket. Default: $XDG_RUNTIME_DIR/cowmgr/cowmgr.sock if it is there, else "
            "/run/cowmgr/cowmgr.sock")
       ->envname("COWMGR_SOCKET")
       ->type_name("PATH");
   add_duration(
-      app, "--wait", options.wait,
+      app, "--wait", [&options](Milliseconds time) { options.daemon.wait = options.daemon.reconnect = time; },
       "How long to wait for a daemon that is not there, as in 10s. Default: not at all, or 30s for the "
       "next one when it goes away under way");
   add_duration(
-      app, "--timeout", options.timeout,
+      app, "--timeout", [&options](Milliseconds time) { options.daemon.answer = time; },
       "How long a daemon that is there may take to answer, as in 5s. Default: 20s to greet and 1min for "
       "what follows; put and evict, whose work depends on the size, as long as it takes");
-  add_text(app, "--daemon-user", options.daemon_user,
+  add_text(app, "--daemon-user", options.daemon.daemon_user,
            "Trust a daemon of this user, too. Default: one of your own, root's, or the owner's of a "
            "directory that "
            "only root can have made")
@@ -279,12 +280,15 @@ void declare_subcommands(CLI::App& app, Options& options) {
   app.footer(examples());
 }
 
-void choose_command(Options& options, const std::string& name) {
+void choose_command(Options& options, const CLI::App& app) {
+  const std::string& name = app.get_subcommands().front()->get_name();
   const auto* chosen = std::find_if(kSubcommands.begin(), kSubcommands.end(),
                                     [&](const auto& subcommand) { return subcommand.name == name; });
   COWMGR_ASSERT(chosen != kSubcommands.end());
   options.command = chosen->run;
-  options.command_name = "cowctl " + name;
+  options.daemon.command = "cowctl " + name;
+  const bool takes_long = chosen->run == &run_put || chosen->run == &run_evict;
+  if (app.count("--timeout") == 0) options.daemon.answer = takes_long ? kForever : kAnswer;
 }
 
 std::string wrong_usage_text(const CLI::App& app, const CLI::ParseError& error) {
@@ -299,13 +303,6 @@ std::string wrong_usage_text(const CLI::App& app, const CLI::ParseError& error) 
                                 : fmt::format("; see `cowctl {} --help`", chosen.front()->get_name()));
 }
 
-Answer answer_of(const CLI::App& app, const CLI::ParseError& error) {
-  if (error.get_exit_code() != 0) return {kWrongUsage, wrong_usage_text(app, error)};
-  std::ostringstream out;
-  app.exit(error, out, out);
-  return {0, out.str()};
-}
-
 }  // namespace
 
 std::variant<Options, Answer> parse_command_line(int argc, const char* const* argv) {
@@ -316,9 +313,9 @@ std::variant<Options, Answer> parse_command_line(int argc, const char* const* ar
   try {
     app.parse(reversed_arguments(argc, argv));
   } catch (const CLI::ParseError& error) {
-    return answer_of(app, error);
+    return answer_of(app, error, wrong_usage_text(app, error));
   }
-  choose_command(options, app.get_subcommands().front()->get_name());
+  choose_command(options, app);
   options.style = Style::of(stdout);
   return options;
 }

@@ -14,7 +14,6 @@
 namespace cowmgr::cli {
 namespace {
 
-constexpr Milliseconds kAnswer = std::chrono::minutes(1);
 constexpr std::size_t kPings = 9;  // odd, so that the median is one of them
 
 std::string quoted(const std::vector<std::string>& names) {
@@ -38,7 +37,7 @@ std::string outside_text(const DaemonInfo& daemon) {
 }
 
 Result<Report> set_pinned(const Options& options, bool is_pinned) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto names =
       options.match ? client->pin_matching(options.names, is_pinned) : client->pin(options.names, is_pinned);
@@ -90,17 +89,8 @@ Report nothing_listed(const Options& options, const Client& client, std::string_
   return report;
 }
 
-Result<Client> connect(const Options& options) {
-  ConnectOptions how{
-      .socket = options.socket, .command = options.command_name, .daemon_user = options.daemon_user};
-  if (options.wait) how.wait = how.reconnect = *options.wait;
-  const bool takes_long = options.command == &run_put || options.command == &run_evict;
-  how.answer = options.timeout.value_or(takes_long ? kForever : kAnswer);
-  return Client::connect(how);
-}
-
 Result<Report> run_ls(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto arrays = listed(*client, options);
   if (!arrays) return error_of(arrays);
@@ -114,7 +104,7 @@ Result<Report> run_ls(const Options& options) {
 }
 
 Result<Report> run_stat(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   if (!options.has_name) {
     const auto daemon = client->ping();
@@ -127,7 +117,7 @@ Result<Report> run_stat(const Options& options) {
 }
 
 Result<Report> run_evict(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   if (options.lru_bytes > 0) return evict_lru(*client, options.lru_bytes);
   const auto done = options.match ? client->evict_matching(options.names) : client->evict(options.names);
@@ -147,7 +137,7 @@ Result<Report> run_unpin(const Options& options) {
 }
 
 Result<Report> run_clients(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto clients = client->clients();
   if (!clients) return error_of(clients);
@@ -156,7 +146,7 @@ Result<Report> run_clients(const Options& options) {
 
 Result<Report> run_ping(const Options& options) {
   using Clock = std::chrono::steady_clock;
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   DaemonInfo daemon;
   std::array<double, kPings> micros{};
@@ -183,7 +173,7 @@ Result<Report> run_ping(const Options& options) {
 }
 
 Result<Report> run_shutdown(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto stopped = client->shutdown(options.purge);
   if (!stopped) return error_of(stopped);

@@ -19,9 +19,6 @@ namespace cowmgr::cli {
 [[nodiscard]] Result<Report> run_shutdown(const Options& options);
 [[nodiscard]] Result<Report> run_fsck(const Options& options);
 
-// The daemon, by the global options.
-[[nodiscard]] Result<Client> connect(const Options& options);
-
 // For the commands' own use.
 [[nodiscard]] SystemTime now();
 

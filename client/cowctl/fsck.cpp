@@ -1,6 +1,7 @@
 // `cowctl fsck`: what instances have in shared memory, read from the segments themselves. Needs no daemon.
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <fcntl.h>
 #include <filesystem>
@@ -26,15 +27,19 @@ namespace {
 
 namespace fs = std::filesystem;
 
+using Kind = SegmentFile::Kind;
+
 // One file of an instance.
 struct Entry {
   std::string file;
   std::uint64_t id = 0;
-  std::string state;  // sealed, unsealed, results, newer, damaged, unreadable
+  bool is_readable = false;  // else `segment` says nothing
   SegmentFile segment{};
   std::string problem{};
   bool is_useless = false;  // nobody can use it any more
   bool is_removed = false;
+
+  [[nodiscard]] bool is(Kind kind) const noexcept { return is_readable && segment.kind == kind; }
 };
 
 struct Instance {
@@ -43,19 +48,9 @@ struct Instance {
   std::vector<Entry> entries{};
 };
 
-constexpr std::string_view state_of(SegmentFile::Kind kind) {
-  switch (kind) {
-    case SegmentFile::Kind::sealed:
-      return "sealed";
-    case SegmentFile::Kind::unsealed:
-      return "unsealed";
-    case SegmentFile::Kind::slots:
-      return "results";
-    case SegmentFile::Kind::newer:
-      return "newer";  // for a newer daemon: not to be removed
-    default:
-      return "damaged";
-  }
+std::string state_of(const Entry& entry) {
+  constexpr std::array<const char*, 5> kStates = {"unsealed", "sealed", "results", "damaged", "newer"};
+  return entry.is_readable ? kStates.at(static_cast<std::size_t>(entry.segment.kind)) : "unreadable";
 }
 
 std::string path_of(const std::string& file) {
@@ -63,7 +58,7 @@ std::string path_of(const std::string& file) {
 }
 
 Entry look_at(const std::string& file, std::uint64_t id) {
-  Entry entry{.file = file, .id = id, .state = "unreadable"};
+  Entry entry{.file = file, .id = id};
   const UniqueFd fd(::open(path_of(file).c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
   if (!fd) {
     entry.problem = os_error("open", file, errno).message;
@@ -74,10 +69,10 @@ Entry look_at(const std::string& file, std::uint64_t id) {
     entry.problem = segment.error().message;
     return entry;
   }
-  entry.state = state_of(segment->kind);
+  entry.is_readable = true;
   entry.problem = segment->problem;
   // What is evicted is useful to those who have it mapped, and they do not need the file.
-  entry.is_useless = segment->kind == SegmentFile::Kind::damaged || segment->is_draining;
+  entry.is_useless = segment->kind == Kind::damaged || segment->is_draining;
   entry.segment = *std::move(segment);
   return entry;
 }
@@ -86,13 +81,13 @@ Entry look_at(const std::string& file, std::uint64_t id) {
 void judge(Instance& instance) {
   std::set<std::uint64_t> sets;
   for (Entry& entry : instance.entries) {
-    if (entry.state != "results") continue;
+    if (!entry.is(Kind::slots)) continue;
     const ResultRecord& results = entry.segment.results;
     entry.is_useless = !results.is_detached && !has_process(results.maker);
     if (!entry.is_useless) sets.insert(results.set);
   }
   for (Entry& entry : instance.entries) {
-    if (entry.state == "unsealed")
+    if (entry.is(Kind::unsealed))
       entry.is_useless = !sets.contains(entry.id) && !has_process(entry.segment.trailer.writer);
   }
 }
@@ -108,7 +103,8 @@ std::map<std::string, Instance> find_instances(const std::string& wanted) {
         instances.try_emplace(belonging->instance, Instance{belonging->instance}).first->second;
     Entry entry = look_at(name, belonging->id);
     if (belonging->is_quarantined) {
-      entry.state = "damaged";
+      entry.is_readable = true;
+      entry.segment.kind = Kind::damaged;
       entry.is_useless = true;
       if (entry.problem.empty()) entry.problem = "moved aside by a daemon";
     }
@@ -140,9 +136,9 @@ Result<void> repair(Instance& instance) {
 Json to_json(const Entry& entry) {
   Json out;
   out["file"] = entry.file;
-  out["state"] = entry.state;
+  out["state"] = state_of(entry);
   out["bytes"] = entry.segment.size_bytes;
-  if (entry.state == "sealed") {
+  if (entry.is(Kind::sealed)) {
     out["name"] = entry.segment.trailer.name;
     out["version"] = entry.segment.trailer.version;
     out["owner"] = user_name(entry.segment.trailer.owner_uid);
@@ -150,13 +146,13 @@ Json to_json(const Entry& entry) {
     out["evicted"] = entry.segment.is_draining;
     out["sealed"] = iso_time(SystemTime(std::chrono::microseconds(entry.segment.trailer.sealed_us)));
   }
-  if (entry.state == "results") {
+  if (entry.is(Kind::slots)) {
     out["name"] = entry.segment.results.name;
     out["owner"] = user_name(entry.segment.results.owner_uid);
     out["slots"] = entry.segment.results.slots;
     out["maker_pid"] = pid_of(entry.segment.results.maker);
   }
-  if (entry.state == "unsealed" && entry.segment.trailer.writer != 0)
+  if (entry.is(Kind::unsealed) && entry.segment.trailer.writer != 0)
     out["writer_pid"] = pid_of(entry.segment.trailer.writer);
   if (!entry.problem.empty()) out["problem"] = entry.problem;
   out["removed"] = entry.is_removed;
@@ -175,9 +171,9 @@ Json to_json(const Instance& instance) {
 std::string note_of(const Entry& entry) {
   if (entry.is_removed) return "removed";
   if (!entry.problem.empty()) return entry.problem;
-  if (entry.state == "sealed" && entry.segment.is_draining) return "evicted";
-  if (entry.state == "sealed") return entry.segment.is_pinned ? "pinned" : "";
-  if (entry.state == "results") {
+  if (entry.is(Kind::sealed) && entry.segment.is_draining) return "evicted";
+  if (entry.is(Kind::sealed)) return entry.segment.is_pinned ? "pinned" : "";
+  if (entry.is(Kind::slots)) {
     const ResultRecord& results = entry.segment.results;
     return fmt::format("{} slots{}", results.slots,
                        results.is_detached ? "" : fmt::format(", of process {}", pid_of(results.maker)));
@@ -202,27 +198,23 @@ std::string note_of(const Instance& instance) {
 }
 
 std::string to_text(const Instance& instance, Style style) {
-  Table table({{.header = "FILE"},
-               {.header = "STATE"},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "NAME"},
-               {.header = "VERSION", .align = Align::right},
-               {.header = "OWNER"},
-               {.header = "NOTE"}});
+  std::vector<Row> rows;
   for (const Entry& entry : instance.entries) {
     const auto& [segment, trailer, results] =
         std::tie(entry.segment, entry.segment.trailer, entry.segment.results);
-    const bool is_sealed = entry.state == "sealed";
-    const bool is_results = entry.state == "results";
+    const bool is_sealed = entry.is(Kind::sealed);
+    const bool is_results = entry.is(Kind::slots);
     uid_t owner = segment.file_owner;
     if (is_sealed) owner = trailer.owner_uid;
     if (is_results) owner = results.owner_uid;
-    table.add_row(
-        {entry.file, entry.state, format_size(segment.size_bytes), is_sealed ? trailer.name : results.name,
-         is_sealed ? std::to_string(trailer.version) : "", user_name(owner), note_of(entry)},
-        entry.state == "damaged" ? Table::Emphasis::bold : Table::Emphasis::none);
+    rows.push_back({{entry.file, state_of(entry), format_size(segment.size_bytes),
+                     is_sealed ? trailer.name : results.name,
+                     is_sealed ? std::to_string(trailer.version) : "", user_name(owner), note_of(entry)},
+                    bold_if(entry.is(Kind::damaged))});
   }
-  return fmt::format("instance {}: {}\n{}", instance.name, daemon_in_words(instance), table.to_string(style));
+  return fmt::format(
+      "instance {}: {}\n{}", instance.name, daemon_in_words(instance),
+      table({"FILE", "STATE", ">SIZE", "NAME", ">VERSION", "OWNER", "NOTE"}, std::move(rows), style));
 }
 
 }  // namespace

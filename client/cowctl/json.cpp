@@ -6,6 +6,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/frames.hpp"
+
 namespace cowmgr::cli {
 namespace {
 
@@ -17,77 +19,37 @@ std::string look_up_user(uid_t uid) {
   return error == 0 && found != nullptr ? std::string(found->pw_name) : std::to_string(uid);
 }
 
+// As flatc gives the names of what stands in frames: "" for a number without one.
+std::string known(std::string_view name) {
+  return std::string(name.empty() ? "unknown" : name);
+}
+
+template <class Enum, std::size_t Count>
+std::string name_in(const std::array<std::string_view, Count>& names, Enum value) {
+  const auto at = static_cast<std::size_t>(value);
+  return known(at < Count ? names[at] : "");
+}
+
 }  // namespace
 
-std::string_view name_of(ArrayState state) noexcept {
-  switch (state) {
-    case ArrayState::writing:
-      return "writing";
-    case ArrayState::sealed:
-      return "sealed";
-    case ArrayState::draining:
-      return "draining";
-    case ArrayState::tampered:
-      return "tampered";
-    case ArrayState::unlinked:
-      return "unlinked";
-  }
-  return "unknown";  // of a newer daemon
+std::string name_of(ArrayState state) {
+  return known(wire::EnumNameArrayState(static_cast<wire::ArrayState>(state)));
 }
 
-std::string_view name_of(Protection protection) noexcept {
-  switch (protection) {
-    case Protection::advisory:
-      return "advisory";
-    case Protection::verified:
-      return "verified";
-    case Protection::enforced:
-      return "enforced";
-  }
-  return "unknown";
+std::string name_of(Protection protection) {
+  return known(wire::EnumNameProtection(static_cast<wire::Protection>(protection)));
 }
 
-std::string_view name_of(ResultsState state) noexcept {
-  switch (state) {
-    case ResultsState::running:
-      return "running";
-    case ResultsState::sealing:
-      return "sealing";
-    case ResultsState::done:
-      return "done";
-    case ResultsState::failed:
-      return "failed";
-    case ResultsState::cancelled:
-      return "cancelled";
-  }
-  return "unknown";
+std::string name_of(ResultsState state) {
+  return known(wire::EnumNameResultsState(static_cast<wire::ResultsState>(state)));
 }
 
-std::string_view name_of(SlotState state) noexcept {
-  switch (state) {
-    case SlotState::free:
-      return "free";
-    case SlotState::leased:
-      return "leased";
-    case SlotState::committed:
-      return "committed";
-    case SlotState::failed:
-      return "failed";
-  }
-  return "unknown";
+std::string name_of(SlotState state) {
+  return name_in(std::array<std::string_view, 4>{"free", "leased", "committed", "failed"}, state);
 }
 
-std::string_view name_of(SlotContent content) noexcept {
-  switch (content) {
-    case SlotContent::rows:
-      return "rows";
-    case SlotContent::value:
-      return "value";
-    case SlotContent::array:
-      return "array";
-    default:
-      return "none";
-  }
+std::string name_of(SlotContent content) {
+  return name_in(std::array<std::string_view, 5>{"none", "rows", "value", "array", "reason"}, content);
 }
 
 std::string user_name(uid_t uid) {

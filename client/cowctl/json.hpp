@@ -15,11 +15,12 @@ namespace cowmgr::cli {
 
 using Json = nlohmann::ordered_json;
 
-[[nodiscard]] std::string_view name_of(ArrayState state) noexcept;
-[[nodiscard]] std::string_view name_of(Protection protection) noexcept;
-[[nodiscard]] std::string_view name_of(ResultsState state) noexcept;
-[[nodiscard]] std::string_view name_of(SlotState state) noexcept;
-[[nodiscard]] std::string_view name_of(SlotContent content) noexcept;
+// "unknown" for what a newer daemon may say beyond the names that we know.
+[[nodiscard]] std::string name_of(ArrayState state);
+[[nodiscard]] std::string name_of(Protection protection);
+[[nodiscard]] std::string name_of(ResultsState state);
+[[nodiscard]] std::string name_of(SlotState state);
+[[nodiscard]] std::string name_of(SlotContent content);
 
 // The user's name, or the number as text when the system knows no such user. Not thread-safe.
 [[nodiscard]] std::string user_name(uid_t uid);
@@ -46,9 +47,10 @@ struct SlotLine {
 // {"error": "not_found", "message": "..."}
 [[nodiscard]] Json to_json(const Error& error);
 
-// The keys dtype, shape and order.
 // As `xxhsum -H3` writes it.
 [[nodiscard]] std::string checksum_text(std::uint64_t checksum);
+
+// The keys dtype, shape and order.
 void add_spec(Json& object, const ArraySpec& spec);
 
 template <class T>

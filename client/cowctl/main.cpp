@@ -1,7 +1,6 @@
 // cowctl: the administrator's view of a cowmgr daemon. Exit codes: 0 done, 1 refused, 2 wrong usage, 3 no
 // daemon.
 
-#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -19,15 +18,6 @@ namespace {
 constexpr int kDone = 0;
 constexpr int kRefused = 1;
 constexpr int kNoDaemon = 3;
-
-// Who closed the other end, as `head` does, has read what it wanted: that is no error.
-Result<void> print(const std::string& text) {
-  const bool is_written =
-      std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
-  if (is_written || errno == EPIPE) return {};
-  // A full disk is no want of room for arrays, whatever the number says.
-  return tl::unexpected<Error>({Errc::os_failure, os_error("write", "standard output", errno).message});
-}
 
 // What to do about an error whose message leaves that open. By convention a message says it after a
 // semicolon.

@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "client/cowctl/answer.hpp"
 #include "client/cowctl/json.hpp"
 #include "client/cowctl/terminal.hpp"
 #include "cowmgr/client.hpp"
@@ -28,14 +29,10 @@ using Command = Result<Report> (*)(const Options& options);
 
 // Every field that the chosen command does not take keeps its default.
 struct Options {
-  Command command = nullptr;            // what was chosen
-  std::string command_name;             // what the daemon shows of us: "cowctl put"
-  std::string socket;                   // empty: where the library looks for the daemon
-  std::optional<Milliseconds> wait;     // for a daemon that is not there. Default: not at all
-  std::optional<Milliseconds> timeout;  // for a daemon's answer. Default: see --help
-  std::string daemon_user;              // whose daemon is trusted besides; see ConnectOptions
-  bool json = false;                    // print JSON instead of tables
-  Style style = Style::plain();         // of standard output
+  Command command = nullptr;  // what was chosen
+  ConnectOptions daemon;      // how to reach it
+  bool json = false;          // print JSON instead of tables
+  Style style{};              // of standard output
 
   std::string name;                // an array's. put: empty unless --name is given
   bool has_name = false;           // stat, put: `name` is given, an empty one too
@@ -54,12 +51,6 @@ struct Options {
 };
 
 inline constexpr const char* kStandardStream = "-";  // for a file: standard input, or output
-
-// The command line is answered without a command: help, version, or what is wrong with it.
-struct Answer {
-  int exit_code = 0;
-  std::string text;  // exit_code 0: for standard output. Else one sentence or two, for standard error
-};
 
 [[nodiscard]] std::variant<Options, Answer> parse_command_line(int argc, const char* const* argv);
 

@@ -1,15 +1,9 @@
 #include "client/cowctl/output_file.hpp"
 
-#include <array>
 #include <cerrno>
-#include <climits>
-#include <csignal>
-#include <cstdlib>
 #include <fcntl.h>
 #include <filesystem>
-#include <memory>
 #include <stdio.h>  // NOLINT(modernize-deprecated-headers): renameat2 is not in <cstdio>
-#include <sys/stat.h>
 
 #include <fmt/format.h>
 
@@ -18,10 +12,11 @@
 namespace cowmgr::cli {
 namespace {
 
+namespace fs = std::filesystem;
+
 constexpr mode_t kFileMode = 0666;     // less the umask, as for any new file
 constexpr mode_t kPrivateMode = 0600;  // until the file has the mode of what it takes the place of
 constexpr const char* kStandardOutput = "standard output";
-constexpr std::array<int, 3> kEndingSignals = {SIGINT, SIGTERM, SIGHUP};
 
 tl::unexpected<Error> os_fail(std::string_view what, const std::string& path, int number) {
   Error error = os_error(what, printable(path), number);
@@ -35,129 +30,66 @@ tl::unexpected<Error> exists(const std::string& path) {
               fmt::format("the file {} exists; overwrite it with --force", printable(path)));
 }
 
-// The partial file that a signal must remove; empty when there is none. A handler has no other way to know.
-std::array<char, PATH_MAX>& doomed_path() noexcept {
-  static constinit std::array<char, PATH_MAX> path{};
-  return path;
-}
-
-extern "C" void remove_partial_file(int signal) {
-  ::unlink(doomed_path().data());
-  ::signal(signal, SIG_DFL);
-  ::raise(signal);
-}
-
-void remove_on_signal(const std::string& path) {
-  if (path.size() >= doomed_path().size()) return;
-  path.copy(doomed_path().data(), path.size());
-  for (const int number : kEndingSignals) {
-    // What was ignored stays ignored: nohup.
-    if (std::signal(number, remove_partial_file) == SIG_IGN) static_cast<void>(std::signal(number, SIG_IGN));
-  }
-}
-
-void keep_on_signal() noexcept {
-  doomed_path().front() = '\0';
-}
-
-std::string directory_of(const std::string& path) {
-  const auto directory = std::filesystem::path(path).parent_path().native();
-  return directory.empty() ? "." : directory;
-}
-
-// A symbolic link stays one: the file behind it is replaced.
-std::string resolved(const std::string& path) {
-  const std::unique_ptr<char, decltype(&std::free)> real(::realpath(path.c_str(), nullptr), &std::free);
-  return real ? real.get() : path;
-}
-
-// A name that no other process uses now, in the directory of `path`.
+// A name that no other file has now, in the directory of `path`.
 std::string partial_name(const std::string& path) {
-  return fmt::format("{}/.cowctl-{}.partial", directory_of(path), ::getpid());
-}
-
-bool has_unnamed_files(int open_error) noexcept {
-  return open_error != EOPNOTSUPP && open_error != EISDIR && open_error != EINVAL;
+  static int count = 0;
+  return fs::path(path).parent_path() / fmt::format(".cowctl-{}-{}.partial", ::getpid(), ++count);
 }
 
 // The owner too where we may give the file away. Where not even its group can be kept, that of ours may do no
 // more than all others.
 bool take_over_mode(int fd, const struct stat& replaced) {
-  constexpr mode_t kAll = 0777;
-  constexpr mode_t kGroup = 070;
-  mode_t mode = replaced.st_mode & kAll;
-  const bool has_group = ::fchown(fd, replaced.st_uid, replaced.st_gid) == 0 ||
-                         ::fchown(fd, static_cast<uid_t>(-1), replaced.st_gid) == 0;
-  if (!has_group) mode &= ~kGroup | (mode << 3U);
+  mode_t mode = replaced.st_mode & 0777U;
+  if (::fchown(fd, replaced.st_uid, replaced.st_gid) != 0 &&
+      ::fchown(fd, static_cast<uid_t>(-1), replaced.st_gid) != 0)
+    mode &= ~070U | (mode << 3U);
   return ::fchmod(fd, mode) == 0;
 }
 
 }  // namespace
 
-OutputFile::OutputFile(UniqueFd fd, Kind kind, std::string path, bool overwrite)
-    : fd_(std::move(fd)), kind_(kind), path_(std::move(path)), overwrite_(overwrite) {}
-
-OutputFile::OutputFile(OutputFile&& other) noexcept
-    : fd_(std::move(other.fd_)),
-      kind_(other.kind_),
-      path_(std::move(other.path_)),
-      partial_(std::exchange(other.partial_, {})),
-      overwrite_(other.overwrite_) {}
-
-OutputFile::~OutputFile() {
-  if (partial_.empty()) return;
-  ::unlink(partial_.c_str());
-  keep_on_signal();
-}
-
 Result<OutputFile> OutputFile::create(const std::string& path, bool overwrite) {
   if (path.empty()) return fail(Errc::invalid_argument, "the file's name is empty; name a file to write");
-  struct stat status {};
-  if (::lstat(path.c_str(), &status) != 0) {
-    return errno == ENOENT ? create_beside(path, overwrite, nullptr)
-                           : Result<OutputFile>(os_fail("look up", path, errno));
-  }
-  const bool is_dangling = ::stat(path.c_str(), &status) != 0;
-  if (!is_dangling && S_ISDIR(status.st_mode)) {
+  struct stat old {};
+  const bool is_there = ::lstat(path.c_str(), &old) == 0;
+  if (!is_there && errno != ENOENT) return os_fail("look up", path, errno);
+  const bool has_file = is_there && ::stat(path.c_str(), &old) == 0;  // a link can lead nowhere
+  if (has_file && S_ISDIR(old.st_mode))
     return fail(Errc::invalid_argument, fmt::format("{} is a directory; name a file in it", printable(path)));
-  }
-  if (!overwrite) return exists(path);
-  if (is_dangling) return create_beside(resolved(path), overwrite, nullptr);
-  if (S_ISREG(status.st_mode)) return create_beside(resolved(path), overwrite, &status);
+  if (is_there && !overwrite) return exists(path);
+  if (!has_file) return create_beside(path, overwrite, nullptr);
+  std::error_code ignored;
+  // A symbolic link stays one: the file behind it is replaced.
+  if (S_ISREG(old.st_mode)) return create_beside(fs::canonical(path, ignored), overwrite, &old);
   // A rename would put a file in the place of the device.
-  UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
-  if (!fd) return os_fail("open", path, errno);
-  return OutputFile(std::move(fd), Kind::direct, path, overwrite);
+  UniqueFd device(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
+  if (!device) return os_fail("open", path, errno);
+  return OutputFile(std::move(device), path, overwrite, true);
 }
 
 Result<OutputFile> OutputFile::standard_output() {
   UniqueFd fd(::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, STDERR_FILENO + 1));
   if (!fd) return os_fail("dup", kStandardOutput, errno);
-  return OutputFile(std::move(fd), Kind::direct, kStandardOutput, true);
+  return OutputFile(std::move(fd), kStandardOutput, true, true);
 }
 
+// Without a name: the kernel frees it with its last descriptor. Where the file system knows no such files, it
+// has its partial name from the start.
 Result<OutputFile> OutputFile::create_beside(const std::string& path, bool overwrite,
                                              const struct stat* replaced) {
-  const std::string directory = directory_of(path);
+  const std::string parent = fs::path(path).parent_path();
+  const std::string directory = parent.empty() ? "." : parent;
   const mode_t mode = replaced == nullptr ? kFileMode : kPrivateMode;
   UniqueFd unnamed(::open(directory.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode));
-  if (unnamed) {
-    if (replaced != nullptr && !take_over_mode(unnamed.get(), *replaced))
-      return os_fail("fchmod", path, errno);
-    return OutputFile(std::move(unnamed), Kind::unnamed, path, overwrite);
+  if (!unnamed && errno != EOPNOTSUPP && errno != EISDIR && errno != EINVAL)
+    return os_fail("create a file in", directory, errno);
+  OutputFile file(std::move(unnamed), path, overwrite, false);
+  if (!file.fd_) {
+    const std::string partial = partial_name(path);
+    file.fd_.reset(::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, mode));
+    if (!file.fd_) return os_fail("create", partial, errno);
+    file.partial_ = partial;
   }
-  if (has_unnamed_files(errno)) return os_fail("create a file in", directory, errno);
-
-  const std::string partial = partial_name(path);
-  remove_on_signal(partial);
-  UniqueFd fd(::open(partial.c_str(), O_CREAT | O_EXCL | O_WRONLY | O_CLOEXEC, mode));
-  if (!fd) {
-    const int error = errno;
-    keep_on_signal();
-    return os_fail("create", partial, error);
-  }
-  OutputFile file(std::move(fd), Kind::partial, path, overwrite);
-  file.partial_ = partial;
   if (replaced != nullptr && !take_over_mode(file.fd_.get(), *replaced))
     return os_fail("fchmod", path, errno);
   return file;
@@ -175,31 +107,16 @@ Result<void> OutputFile::write(std::span<const std::byte> bytes) {
 }
 
 Result<void> OutputFile::commit() {
-  if (kind_ == Kind::direct) return close();
-  if (kind_ == Kind::unnamed) {
-    if (auto named = give_partial_name(); !named) return named;
+  if (!is_direct_ && partial_.empty()) {
+    const std::string partial = partial_name(path_);
+    const std::string self = fmt::format("/proc/self/fd/{}", fd_.get());
+    if (::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, partial.c_str(), AT_SYMLINK_FOLLOW) != 0)
+      return os_fail("create", partial, errno);
+    partial_ = partial;
   }
-  if (auto closed = close(); !closed) return closed;
-  return rename_to_path();
-}
-
-Result<void> OutputFile::give_partial_name() {
-  const std::string partial = partial_name(path_);
-  remove_on_signal(partial);
-  const std::string self = fmt::format("/proc/self/fd/{}", fd_.get());
-  if (::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, partial.c_str(), AT_SYMLINK_FOLLOW) != 0) {
-    const int error = errno;
-    keep_on_signal();
-    return os_fail("create", partial, error);
-  }
-  partial_ = partial;
-  return {};
-}
-
-// Network file systems report a full disk as late as here.
-Result<void> OutputFile::close() {
+  // Network file systems report a full disk as late as here.
   if (::close(fd_.release()) != 0) return os_fail("close", path_, errno);
-  return {};
+  return is_direct_ ? Result<void>() : rename_to_path();
 }
 
 Result<void> OutputFile::rename_to_path() {
@@ -212,7 +129,6 @@ Result<void> OutputFile::rename_to_path() {
   }
   if (result != 0) return errno == EEXIST ? exists(path_) : os_fail("rename to", path_, errno);
   partial_.clear();
-  keep_on_signal();
   return {};
 }
 

@@ -51,8 +51,7 @@ Result<Report> show_one(const Client& client, ResultSet& set, const Options& opt
 
 // Until the set has ended, whichever way.
 Result<Report> follow(ResultSet& set, const Options& options) {
-  ProgressBar bar(visible(set.name()), set.slots(), Progress::Unit::items,
-                  options.json ? ProgressBar::Show::never : ProgressBar::Show::on_terminal);
+  ProgressBar bar(set.name(), set.slots(), ProgressBar::Unit::items, !options.json);
   const auto ended =
       set.wait_settled(kForever, [&](const ResultsInfo& info) { bar.update(info.committed + info.failed); });
   if (!ended) return error_of(ended);
@@ -73,7 +72,7 @@ Result<Report> cancel(const ResultSet& set) {
 }  // namespace
 
 Result<Report> run_results(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   if (!options.names.empty() && !options.match) {
     auto set = client->open_results(options.names.front());

@@ -17,15 +17,15 @@ std::string yes_no(bool is_yes) {
   return is_yes ? "yes" : "no";
 }
 
-Table::Emphasis emphasis_of(ArrayState state) {
-  if (state == ArrayState::tampered || state == ArrayState::unlinked) return Table::Emphasis::bold;
-  return state == ArrayState::sealed ? Table::Emphasis::none : Table::Emphasis::dim;
+fmt::text_style emphasis_of(ArrayState state) {
+  if (state == ArrayState::tampered || state == ArrayState::unlinked) return fmt::emphasis::bold;
+  return state == ArrayState::sealed ? fmt::text_style() : fmt::emphasis::faint;
 }
 
 std::string properties_text(const Properties& properties, Style style) {
-  Table table({{.header = ""}, {.header = ""}});
-  for (const auto& [key, value] : properties) table.add_row({key, value});
-  return table.to_string(style);
+  std::vector<Row> rows;
+  for (const auto& [key, value] : properties) rows.push_back({{key, value}});
+  return table({"", ""}, std::move(rows), style);
 }
 
 // "1.2 GiB (15 %)".
@@ -47,8 +47,8 @@ Properties properties_of(const ArrayInfo& array, SystemTime now) {
                     {"order", array.spec.order == Order::fortran ? "F" : "C"},
                     {"size", format_size(array.data_bytes)},
                     {"segment", fmt::format("{}, {}", array.segment, format_size(array.segment_bytes))},
-                    {"state", std::string(name_of(array.state))},
-                    {"protection", std::string(name_of(array.protection))},
+                    {"state", name_of(array.state)},
+                    {"protection", name_of(array.protection)},
                     {"views", std::to_string(array.views)},
                     {"pinned", yes_no(array.pinned)},
                     {"evictable", yes_no(array.evictable)},
@@ -77,93 +77,60 @@ std::string age_text(SystemTime time, SystemTime now) {
 }
 
 std::string arrays_table(const std::vector<ArrayInfo>& arrays, SystemTime now, Style style) {
-  Table table({{.header = "NAME"},
-               {.header = "VERSION", .align = Align::right},
-               {.header = "DTYPE"},
-               {.header = "SHAPE"},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "STATE"},
-               {.header = "PROTECTION"},
-               {.header = "VIEWS", .align = Align::right},
-               {.header = "PINNED"},
-               {.header = "OWNER"},
-               {.header = "CREATED"}});
+  std::vector<Row> rows;
   for (const auto& array : arrays) {
-    table.add_row(
-        {array.name, std::to_string(array.version), array.spec.dtype.str(), to_string(array.spec.shape),
-         format_size(array.data_bytes), std::string(name_of(array.state)),
-         std::string(name_of(array.protection)), std::to_string(array.views), yes_no(array.pinned),
-         user_name(array.owner_uid), age_text(array.created, now)},
-        emphasis_of(array.state));
+    rows.push_back({{array.name, std::to_string(array.version), array.spec.dtype.str(),
+                     to_string(array.spec.shape), format_size(array.data_bytes), name_of(array.state),
+                     name_of(array.protection), std::to_string(array.views), yes_no(array.pinned),
+                     user_name(array.owner_uid), age_text(array.created, now)},
+                    emphasis_of(array.state)});
   }
-  return table.to_string(style);
+  return table({"NAME", ">VERSION", "DTYPE", "SHAPE", ">SIZE", "STATE", "PROTECTION", ">VIEWS", "PINNED",
+                "OWNER", "CREATED"},
+               std::move(rows), style);
 }
 
 std::string clients_table(const std::vector<ClientInfo>& clients, SystemTime now, Style style) {
-  Table table({{.header = "SESSION", .align = Align::right},
-               {.header = "PID", .align = Align::right},
-               {.header = "USER"},
-               {.header = "COMMAND"},
-               {.header = "CHANNELS", .align = Align::right},
-               {.header = "VIEWS", .align = Align::right},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "WRITING", .align = Align::right},
-               {.header = "LEASES", .align = Align::right},
-               {.header = "CONNECTED"}});
+  std::vector<Row> rows;
   for (const auto& client : clients) {
-    table.add_row({std::to_string(client.session), std::to_string(client.pid), user_name(client.uid),
-                   client.command, std::to_string(client.channels), std::to_string(client.views),
-                   format_size(client.view_bytes), std::to_string(client.writing),
-                   std::to_string(client.leases), age_text(client.connected, now)});
+    rows.push_back(
+        {{std::to_string(client.session), std::to_string(client.pid), user_name(client.uid), client.command,
+          std::to_string(client.channels), std::to_string(client.views), format_size(client.view_bytes),
+          std::to_string(client.writing), std::to_string(client.leases), age_text(client.connected, now)}});
   }
-  return table.to_string(style);
+  return table({">SESSION", ">PID", "USER", "COMMAND", ">CHANNELS", ">VIEWS", ">SIZE", ">WRITING", ">LEASES",
+                "CONNECTED"},
+               std::move(rows), style);
 }
 
 std::string results_table(const std::vector<ResultsInfo>& sets, SystemTime now, Style style) {
-  Table table({{.header = "NAME"},
-               {.header = "STATE"},
-               {.header = "SLOTS", .align = Align::right},
-               {.header = "COMMITTED", .align = Align::right},
-               {.header = "LEASED", .align = Align::right},
-               {.header = "FREE", .align = Align::right},
-               {.header = "FAILED", .align = Align::right},
-               {.header = "DTYPE"},
-               {.header = "SHAPE"},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "OWNER"},
-               {.header = "CREATED"},
-               {.header = "MESSAGE"}});
+  std::vector<Row> rows;
   for (const auto& set : sets) {
-    const bool has_failed = set.state == ResultsState::failed;
-    table.add_row(
-        {set.name, std::string(name_of(set.state)), std::to_string(set.slots), std::to_string(set.committed),
-         std::to_string(set.leased), std::to_string(set.free), std::to_string(set.failed),
-         set.is_ragged ? "any" : set.spec.dtype.str(), set.is_ragged ? "ragged" : to_string(set.spec.shape),
-         format_size(set.is_ragged ? set.value_bytes : set.data_bytes), user_name(set.owner_uid),
-         age_text(set.created, now), set.message},
-        has_failed ? Table::Emphasis::bold : Table::Emphasis::none);
+    rows.push_back(
+        {{set.name, name_of(set.state), std::to_string(set.slots), std::to_string(set.committed),
+          std::to_string(set.leased), std::to_string(set.free), std::to_string(set.failed),
+          set.is_ragged ? "any" : set.spec.dtype.str(), set.is_ragged ? "ragged" : to_string(set.spec.shape),
+          format_size(set.is_ragged ? set.value_bytes : set.data_bytes), user_name(set.owner_uid),
+          age_text(set.created, now), set.message},
+         bold_if(set.state == ResultsState::failed)});
   }
-  return table.to_string(style);
+  return table({"NAME", "STATE", ">SLOTS", ">COMMITTED", ">LEASED", ">FREE", ">FAILED", "DTYPE", "SHAPE",
+                ">SIZE", "OWNER", "CREATED", "MESSAGE"},
+               std::move(rows), style);
 }
 
 std::string slots_table(const std::vector<SlotLine>& slots, SystemTime now, Style style) {
-  Table table({{.header = "SLOT", .align = Align::right},
-               {.header = "STATE"},
-               {.header = "HOLDER"},
-               {.header = "ATTEMPT", .align = Align::right},
-               {.header = "SINCE"},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "REASON"}});
+  std::vector<Row> rows;
   for (const auto& [slot, pid, command] : slots) {
-    const bool has_size =
-        slot.state != SlotState::failed && (slot.size_bytes > 0 || slot.content != SlotContent::none);
-    table.add_row({std::to_string(slot.index), std::string(name_of(slot.state)),
-                   pid == 0 ? "" : fmt::format("{} ({})", pid, command), std::to_string(slot.attempt),
-                   slot.attempt == 0 ? "" : age_text(slot.since, now),
-                   has_size ? format_size(slot.size_bytes) : "", slot.reason},
-                  slot.state == SlotState::failed ? Table::Emphasis::bold : Table::Emphasis::none);
+    const bool has_failed = slot.state == SlotState::failed;
+    const bool has_size = !has_failed && (slot.size_bytes > 0 || slot.content != SlotContent::none);
+    rows.push_back({{std::to_string(slot.index), name_of(slot.state),
+                     pid == 0 ? "" : fmt::format("{} ({})", pid, command), std::to_string(slot.attempt),
+                     slot.attempt == 0 ? "" : age_text(slot.since, now),
+                     has_size ? format_size(slot.size_bytes) : "", slot.reason},
+                    bold_if(has_failed)});
   }
-  return table.to_string(style);
+  return table({">SLOT", "STATE", "HOLDER", ">ATTEMPT", "SINCE", ">SIZE", "REASON"}, std::move(rows), style);
 }
 
 std::string array_page(const ArrayDetails& details, SystemTime now, Style style) {
@@ -183,7 +150,7 @@ std::string daemon_page(const DaemonInfo& daemon, SystemTime now, Style style) {
                           {"pid", std::to_string(daemon.pid)},
                           {"user", user_name(daemon.uid)},
                           {"started", time_text(daemon.started, now)},
-                          {"protection", std::string(name_of(daemon.protection))},
+                          {"protection", name_of(daemon.protection)},
                           {"capacity", format_size(daemon.capacity_bytes)},
                           {"used", share_text(daemon.used_bytes, daemon.capacity_bytes)},
                           {"free", format_size(memory.free_bytes)},

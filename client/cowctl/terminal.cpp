@@ -4,7 +4,6 @@
 #include <clocale>
 #include <cstdlib>
 #include <cwchar>
-#include <numeric>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -16,102 +15,36 @@
 namespace cowmgr::cli {
 namespace {
 
-constexpr std::string_view kBold = "\033[1m";
-constexpr std::string_view kDim = "\033[2m";
-constexpr std::string_view kReset = "\033[0m";
-constexpr std::string_view kEraseLine = "\r\033[K";
-
-constexpr std::size_t kColumnGap = 2;
-constexpr std::size_t kUsualColumns = 80;  // of a terminal that does not tell
+constexpr const char* kEraseLine = "\r\033[K";
 constexpr std::size_t kLongestBar = 40;
 constexpr std::size_t kShortestBar = 8;  // below that it says less than the percentage beside it
 constexpr auto kDrawInterval = std::chrono::milliseconds(100);
 
-// Makes the C library read text as UTF-8 in this thread, whatever locale the user has: names are UTF-8.
-class Utf8Scope {
- public:
-  Utf8Scope() noexcept : before_(::uselocale(utf8())) {}
-  Utf8Scope(const Utf8Scope&) = delete;
-  Utf8Scope& operator=(const Utf8Scope&) = delete;
-  ~Utf8Scope() { ::uselocale(before_); }
-
- private:
-  // Kept for good: the process needs it until its last line. Null where there is none, which changes nothing.
-  static locale_t utf8() noexcept {
-    static const locale_t locale = ::newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
-    return locale;
-  }
-
-  locale_t before_;
-};
-
-struct Glyph {
-  std::size_t bytes;
-  int columns;  // -1: not printable
-};
-
-// The first character of `text`, which is not empty. Needs an Utf8Scope.
-Glyph first_glyph(std::string_view text) noexcept {
-  wchar_t wide = 0;
-  std::mbstate_t state{};
-  const std::size_t bytes = std::mbrtowc(&wide, text.data(), text.size(), &state);
-  if (bytes == 0 || bytes > text.size())
-    return {1, -1};  // NUL, or one of the two negative numbers: malformed
-  return {bytes, ::wcwidth(wide)};
+// Takes the first character off `text`, which is not empty, and tells how many columns it is wide: 2 for
+// some, 0 for a combining one, -1 for what is not printable. Names are UTF-8, whatever locale the user has.
+std::pair<std::string_view, int> take_glyph(std::string_view& text) noexcept {
+  [[maybe_unused]] static const char* const locale = std::setlocale(LC_CTYPE, "C.UTF-8");
+  const auto [code, length] = decode_utf8(text);
+  const auto bytes = text.substr(0, std::max<std::size_t>(length, 1));
+  text.remove_prefix(bytes.size());
+  return {bytes, length == 0 || code == 0 ? -1 : ::wcwidth(static_cast<wchar_t>(code))};
 }
 
-// A bar that cannot be drawn is no reason to stop the work.
-void write_to_stderr(std::string_view text) noexcept {
-  static_cast<void>(std::fwrite(text.data(), 1, text.size(), stderr));
-}
-
-std::string spaces(std::size_t count) {
-  return std::string().append(count, ' ');
-}
-
-std::string count_text(std::uint64_t count, Progress::Unit unit) {
-  return unit == Progress::Unit::bytes ? format_size(count) : std::to_string(count);
-}
-
-std::string rate_text(double rate, Progress::Unit unit) {
-  constexpr double kFew = 10;  // a second, of items: below, whole numbers are too coarse
-  if (unit == Progress::Unit::items && rate < kFew) return fmt::format("{:.1f}/s", rate);
-  return count_text(static_cast<std::uint64_t>(rate), unit) + "/s";
-}
-
-// "0:07", "12:34", "1:02:03".
-std::string clock_text(double seconds) {
-  constexpr double kLongest = 359999;  // 99:59:59
-  const auto total = static_cast<unsigned>(std::clamp(seconds, 0.0, kLongest));
-  if (total < 3600) return fmt::format("{}:{:02}", total / 60, total % 60);
-  return fmt::format("{}:{:02}:{:02}", total / 3600, total / 60 % 60, total % 60);
-}
-
-double done_part(const Progress& progress) {
-  if (progress.done >= progress.total) return 1;
-  return static_cast<double>(progress.done) / static_cast<double>(progress.total);
-}
-
-// "188 MiB of 1.5 GiB  1.1 GiB/s  0:02 left".
-std::string progress_numbers(const Progress& progress) {
-  std::string text = fmt::format("{} of {}", count_text(progress.done, progress.unit),
-                                 count_text(progress.total, progress.unit));
-  const double seconds = std::chrono::duration<double>(progress.elapsed).count();
-  if (seconds <= 0 || progress.done == 0) return text;
-  const double rate = static_cast<double>(progress.done) / seconds;
-  text += "  " + rate_text(rate, progress.unit);
-  if (progress.done >= progress.total) {
-    constexpr double kMinute = 60;
-    return text + (seconds < kMinute ? fmt::format("  in {:.1f} s", seconds) : "  in " + clock_text(seconds));
-  }
-  return text +
-         fmt::format("  {} left", clock_text(static_cast<double>(progress.total - progress.done) / rate));
+std::size_t display_width(std::string_view text) {
+  std::size_t width = 0;
+  while (!text.empty()) width += static_cast<std::size_t>(std::max(take_glyph(text).second, 0));
+  return width;
 }
 
 std::size_t terminal_columns() noexcept {
   winsize size{};
-  const bool is_known = ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-  return is_known ? size.ws_col : kUsualColumns;
+  static_cast<void>(::ioctl(STDERR_FILENO, TIOCGWINSZ, &size));
+  return size.ws_col > 0 ? size.ws_col : 80;  // of one that does not tell
+}
+
+// A bar that cannot be drawn is no reason to stop the work.
+void write_to_stderr(const std::string& text) noexcept {
+  static_cast<void>(std::fputs(text.c_str(), stderr));
 }
 
 }  // namespace
@@ -122,134 +55,104 @@ bool is_terminal(std::FILE* stream) noexcept {
 }
 
 std::string visible(std::string_view text) {
-  const Utf8Scope utf8;
   std::string out;
   while (!text.empty()) {
-    const auto [bytes, columns] = first_glyph(text);
-    const auto glyph = text.substr(0, bytes);
-    if (columns >= 0) {
-      out += glyph;
-    } else {
-      for (const char c : glyph) out += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
-    }
-    text.remove_prefix(bytes);
+    const auto [bytes, columns] = take_glyph(text);
+    for (const char c : bytes)
+      out += columns >= 0 ? std::string(1, c) : fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
   }
   return out;
-}
-
-std::size_t display_width(std::string_view text) {
-  const Utf8Scope utf8;
-  std::size_t width = 0;
-  while (!text.empty()) {
-    const auto [bytes, columns] = first_glyph(text);
-    width += static_cast<std::size_t>(std::max(columns, 0));
-    text.remove_prefix(bytes);
-  }
-  return width;
 }
 
 Style Style::of(std::FILE* stream) noexcept {
   const char* no_color = std::getenv("NO_COLOR");
-  const bool is_refused = no_color != nullptr && *no_color != '\0';
-  return Style(is_terminal(stream) && !is_refused);
+  return {is_terminal(stream) && (no_color == nullptr || *no_color == '\0')};
 }
 
-std::string Style::bold(std::string_view text) const {
-  return is_on_ ? fmt::format("{}{}{}", kBold, text, kReset) : std::string(text);
+std::string Style::emphasized(std::string_view text, fmt::text_style how) const {
+  return fmt::format(has_escapes ? how : fmt::text_style(), "{}", text);
 }
 
-std::string Style::dim(std::string_view text) const {
-  return is_on_ ? fmt::format("{}{}{}", kDim, text, kReset) : std::string(text);
-}
-
-void Table::add_row(std::vector<std::string> cells, Emphasis emphasis) {
-  COWMGR_ASSERT(cells.size() == columns_.size());
-  for (auto& cell : cells) cell = visible(cell);
-  rows_.push_back({std::move(cells), emphasis});
-}
-
-std::vector<std::size_t> Table::widths() const {
-  std::vector<std::size_t> widths;
-  for (std::size_t i = 0; i < columns_.size(); ++i) {
-    std::size_t width = display_width(columns_[i].header);
-    for (const auto& row : rows_) width = std::max(width, display_width(row.cells[i]));
-    widths.push_back(width);
+std::string table(std::vector<std::string> headers, std::vector<Row> rows, Style style) {
+  std::vector<bool> is_right;
+  for (auto& header : headers) {
+    is_right.push_back(header.starts_with('>'));
+    header.erase(0, is_right.back() ? 1 : 0);
   }
-  return widths;
-}
-
-std::string Table::line(const std::vector<std::string>& cells, const std::vector<std::size_t>& widths) const {
+  rows.insert(rows.begin(), Row{std::move(headers), fmt::emphasis::bold});
+  std::vector<std::size_t> widths(is_right.size());
+  for (auto& row : rows) {
+    COWMGR_ASSERT(row.cells.size() == widths.size());
+    for (std::size_t i = 0; i < widths.size(); ++i) {
+      row.cells[i] = visible(row.cells[i]);
+      widths[i] = std::max(widths[i], display_width(row.cells[i]));
+    }
+  }
   std::string out;
-  for (std::size_t i = 0; i < cells.size(); ++i) {
-    const std::string padding = spaces(widths[i] - display_width(cells[i]));
-    if (i > 0) out += spaces(kColumnGap);
-    out += columns_[i].align == Align::right ? padding + cells[i] : cells[i] + padding;
-  }
-  out.erase(out.find_last_not_of(' ') + 1);
-  return out;
-}
-
-std::string Table::to_string(Style style) const {
-  const auto widths = this->widths();
-  std::vector<std::string> headers;
-  headers.reserve(columns_.size());
-  for (const auto& column : columns_) headers.push_back(column.header);
-  const std::string header = line(headers, widths);
-  std::string out = header.empty() ? "" : style.bold(header) + '\n';
-  for (const auto& row : rows_) {
-    const std::string text = line(row.cells, widths);
-    out += row.emphasis == Emphasis::bold  ? style.bold(text)
-           : row.emphasis == Emphasis::dim ? style.dim(text)
-                                           : text;
-    out += '\n';
+  for (const auto& [cells, how] : rows) {
+    std::string line;
+    for (std::size_t i = 0; i < widths.size(); ++i) {
+      const std::string padding(widths[i] - display_width(cells[i]), ' ');
+      line += (i > 0 ? "  " : "") + (is_right[i] ? padding + cells[i] : cells[i] + padding);
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    if (!line.empty()) out += style.emphasized(line, how) + '\n';
   }
   return out;
 }
 
-std::string progress_line(const Progress& progress, std::size_t columns) {
-  const double part = done_part(progress);
-  const std::string head = fmt::format("{}  {:3}%", visible(progress.label), static_cast<int>(part * 100));
-  const std::string numbers = progress_numbers(progress);
-  const std::size_t text_columns = display_width(head) + kColumnGap + numbers.size();
-  const std::size_t bar_frame = kColumnGap + 2;  // its brackets
-  // The last column stays free: a terminal may wrap as soon as it is written to.
-  if (text_columns + bar_frame + kShortestBar >= columns) {
-    return text_columns < columns ? head + spaces(kColumnGap) + numbers : numbers.substr(0, columns - 1);
-  }
-  const std::size_t length = std::min(columns - 1 - text_columns - bar_frame, kLongestBar);
-  const auto filled = static_cast<std::size_t>(part * static_cast<double>(length));
-  return fmt::format("{}  [{}{}]  {}", head, std::string(filled, '#'), std::string(length - filled, '.'),
-                     numbers);
-}
-
-ProgressBar::ProgressBar(std::string label, std::uint64_t total, Progress::Unit unit, Show show)
-    : progress_{.label = std::move(label), .total = total, .unit = unit},
-      started_(Clock::now()),
-      next_draw_(started_),
-      is_shown_(show == Show::on_terminal && is_terminal(stderr)) {}
+ProgressBar::ProgressBar(std::string_view label, std::uint64_t total, Unit unit, bool is_wanted)
+    : label_(visible(label)), total_(total), unit_(unit), is_shown_(is_wanted && is_terminal(stderr)) {}
 
 ProgressBar::~ProgressBar() {
   if (is_drawn_) write_to_stderr(kEraseLine);
 }
 
-void ProgressBar::update(std::uint64_t done, Clock::time_point now) {
-  progress_.done = done;
-  if (is_shown_ && now >= next_draw_) draw(now);
+void ProgressBar::update(std::uint64_t done) {
+  done_ = done;
+  const auto now = Clock::now();
+  if (!is_shown_ || (now < next_draw_ && done < total_)) return;
+  write_to_stderr(kEraseLine + line());
+  next_draw_ = now + kDrawInterval;
+  is_drawn_ = true;
 }
 
-void ProgressBar::finish(Clock::time_point now) {
-  progress_.done = progress_.total;
-  if (!is_shown_) return;
-  draw(now);
-  write_to_stderr("\n");
+void ProgressBar::finish() {
+  update(total_);
+  if (is_drawn_) write_to_stderr("\n");
   is_drawn_ = false;
 }
 
-void ProgressBar::draw(Clock::time_point now) {
-  progress_.elapsed = now - started_;
-  write_to_stderr(std::string(kEraseLine) + progress_line(progress_, terminal_columns()));
-  next_draw_ = now + kDrawInterval;
-  is_drawn_ = true;
+// "188 MiB of 1.5 GiB  1.1 GiB/s  0:00:02 left".
+std::string ProgressBar::numbers() const {
+  const auto text = [this](double count, int digits) {
+    return unit_ == Unit::bytes ? format_size(static_cast<std::uint64_t>(count))
+                                : fmt::format("{:.{}f}", count, digits);
+  };
+  const auto done = static_cast<double>(done_);
+  const auto total = static_cast<double>(total_);
+  const double seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+  std::string counts = fmt::format("{} of {}", text(done, 0), text(total, 0));
+  if (done_ == 0 || seconds <= 0) return counts;
+  const std::string rates = fmt::format("{}  {}/s", counts, text(done / seconds, 1));
+  if (done_ >= total_) return fmt::format("{}  in {:.1f} s", rates, seconds);
+  const auto left = static_cast<std::uint64_t>(seconds / done * (total - done));
+  return fmt::format("{}  {}:{:02}:{:02} left", rates, left / 3600, left / 60 % 60, left % 60);
+}
+
+// As long as the terminal is wide, less the last column: it may wrap as soon as that is written to.
+std::string ProgressBar::line() const {
+  const double part = done_ >= total_ ? 1 : static_cast<double>(done_) / static_cast<double>(total_);
+  const std::string numbers = this->numbers();
+  const std::string head = fmt::format("{}  {:3}%  ", label_, static_cast<int>(part * 100));
+  const std::size_t columns = terminal_columns() - 1;
+  const std::size_t text_columns = display_width(head) + numbers.size();
+  constexpr std::size_t kFrame = 4;  // "[]  "
+  if (text_columns + kFrame + kShortestBar > columns)
+    return text_columns > columns ? numbers.substr(0, columns) : head + numbers;
+  const std::size_t length = std::min(columns - text_columns - kFrame, kLongestBar);
+  const std::string filled(static_cast<std::size_t>(part * static_cast<double>(length)), '#');
+  return fmt::format("{}[{:.<{}}]  {}", head, filled, length, numbers);
 }
 
 }  // namespace cowmgr::cli

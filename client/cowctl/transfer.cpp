@@ -18,8 +18,9 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kWriteBytes = std::size_t{8} << 20;  // between two updates of the progress bar
 
-ProgressBar::Show progress_of(const Options& options) {
-  return options.json ? ProgressBar::Show::never : ProgressBar::Show::on_terminal;
+ProgressBar bar_for(std::string_view what, const std::string& name, std::uint64_t total_bytes,
+                    const Options& options) {
+  return {fmt::format("{} {}", what, name), total_bytes, ProgressBar::Unit::bytes, !options.json};
 }
 
 std::string name_of_file(const std::filesystem::path& file) {
@@ -42,7 +43,7 @@ tl::unexpected<Error> refused_put(Error error) {
 
 Result<Array> fill_and_seal(ArrayWriter& writer, NpyInput& input, const std::string& name,
                             const Options& options) {
-  ProgressBar bar("put " + name, input.data_bytes(), Progress::Unit::bytes, progress_of(options));
+  ProgressBar bar = bar_for("put", name, input.data_bytes(), options);
   auto filled = input.read(writer.bytes(), [&](std::uint64_t done) { bar.update(done); });
   if (!filled) return error_of(std::move(filled));
   bar.finish();
@@ -70,7 +71,7 @@ Result<void> write_npy(OutputFile& file, const Array& array, const Options& opti
   const std::string header = make_numpy_header(array.spec());
   if (auto ok = file.write(std::as_bytes(std::span(header))); !ok) return ok;
   const auto bytes = array.bytes();
-  ProgressBar bar("get " + array.name(), bytes.size(), Progress::Unit::bytes, progress_of(options));
+  ProgressBar bar = bar_for("get", array.name(), bytes.size(), options);
   for (std::size_t done = 0; done < bytes.size();) {
     const auto chunk = bytes.subspan(done, std::min(kWriteBytes, bytes.size() - done));
     if (auto ok = file.write(chunk); !ok) return ok;
@@ -90,7 +91,7 @@ Result<Report> run_put(const Options& options) {
   if (!input) return error_of(std::move(input));
   const auto name = name_to_put(options);
   if (!name) return error_of(name);
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   auto writer = client->create(*name, input->spec(), options.create);
   if (!writer) return refused_put(std::move(writer).error());
@@ -109,7 +110,7 @@ Result<Report> run_put(const Options& options) {
 
 Result<Report> run_get(const Options& options) {
   const auto start = Clock::now();
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto array = client->attach(options.name);
   if (!array) return error_of(array);
@@ -134,7 +135,7 @@ Result<std::string> verify(const Client& client, const ArrayInfo& info, const Op
   if (!array && array.error().code == Errc::not_found) return "";
   if (!array && array.error().code == Errc::tampered) return "tampered";
   if (!array) return error_of(array);
-  ProgressBar bar("verify " + info.name, info.data_bytes, Progress::Unit::bytes, progress_of(options));
+  ProgressBar bar = bar_for("verify", info.name, info.data_bytes, options);
   const auto verified = array->verify([&](std::uint64_t done) { bar.update(done); });
   bar.finish();
   return verified ? "good" : "corrupted";
@@ -154,17 +155,14 @@ Json verified_json(const ArrayInfo& info, const std::string& result) {
 }  // namespace
 
 Result<Report> run_verify(const Options& options) {
-  const auto client = connect(options);
+  const auto client = Client::connect(options.daemon);
   if (!client) return error_of(client);
   const auto arrays = listed(*client, options);
   if (arrays && arrays->empty() && !options.names.empty())
     return nothing_listed(options, *client, "array", "");
   if (!arrays) return error_of(arrays);
   Report report{.text = "", .json = Json::array()};
-  Table table({{.header = "NAME"},
-               {.header = "VERSION", .align = Align::right},
-               {.header = "SIZE", .align = Align::right},
-               {.header = "RESULT"}});
+  std::vector<Row> rows;
   std::size_t bad = 0;
   std::size_t without = 0;
   for (const auto& info : *arrays) {
@@ -175,17 +173,17 @@ Result<Report> run_verify(const Options& options) {
     if (result->empty()) continue;
     const bool is_good = *result == "good";
     if (!is_good) ++bad;
-    table.add_row({info.name, std::to_string(info.version), format_size(info.data_bytes), *result},
-                  is_good ? Table::Emphasis::none : Table::Emphasis::bold);
+    rows.push_back({{info.name, std::to_string(info.version), format_size(info.data_bytes), *result},
+                    bold_if(!is_good)});
     report.json.push_back(verified_json(info, *result));
   }
+  report.is_bad_news = bad > 0;
   if (report.json.empty())
     report.note = "no arrays with a checksum; take one with `cowctl put --checksum`\n";
   else
-    report.text = table.to_string(options.style);
+    report.text = table({"NAME", ">VERSION", ">SIZE", "RESULT"}, std::move(rows), options.style);
   if (without > 0) report.note += fmt::format("{} without a checksum, not read\n", without);
   if (bad > 0) report.note += fmt::format("{} not as when it was sealed: put it again\n", bad);
-  report.is_bad_news = bad > 0;
   return report;
 }
 

@@ -9,9 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from programs import TIMEOUT_S, start_daemon  # noqa: E402  (found by the line above)
+
 VERSIONS = {}  # "old" and "new", the directories; set by main
 BOTH = ("old", "new")
 PAIRS = tuple(itertools.product(BOTH, BOTH))
 CHANGES = (("old", "new"), ("new", "old"))  # a daemon, and the one that follows it
-TIMEOUT_S = 240
 ITEMS = 100_000
 COUNTER = itertools.count(1)
 
@@ -47,18 +47,7 @@ class Daemon:
                 "--grace", "60", "--log-level", "error"]
 
     def start(self, version):
-        notify = f"{self.folder}/notify.sock"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(notify)
-            self.process = subprocess.Popen(self.command(version, self.socket), env=os.environ | {"NOTIFY_SOCKET": notify})
-            pidfd = os.pidfd_open(self.process.pid)
-            try:
-                readable, _, _ = select.select([ready, pidfd], [], [], TIMEOUT_S)
-                if ready not in readable or b"READY=1" not in ready.recv(4096):
-                    raise AssertionError(f"the {version} daemon did not start: {self.process.poll()}")
-            finally:
-                os.close(pidfd)
-        os.unlink(notify)
+        self.process = start_daemon(self.command(version, self.socket), self.folder)
 
     def change(self, version, how=signal.SIGTERM):
         self.stop(how)

@@ -1,13 +1,10 @@
 #!/usr/bin/env python3
 """Arrays whose dtype does not fit a header of one page, through `cowctl` and NumPy. Usage: cowctl_dtype_test.py BIN_DIR"""
 
-import sys
 import unittest
-from pathlib import Path
 
-import cowctl_test
 import numpy as np
-from cowctl_test import CowctlTest
+from cowctl_fixture import CowctlTest
 
 
 def many_fields(count, rows=3):
@@ -39,5 +36,4 @@ class LongDtypes(CowctlTest):
 
 
 if __name__ == "__main__":
-    cowctl_test.BIN = Path(sys.argv.pop(1)).resolve()
     unittest.main()

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """What `cowctl get` writes, against numpy.save and a real daemon. Usage: cowctl_get_test.py BIN_DIR"""
 
+import glob
 import io
 import os
+import resource
 import stat
 import subprocess
-import sys
 import unittest
-from pathlib import Path
 
-import cowctl_test
 import numpy as np
-from cowctl_test import CowctlTest, example_arrays
+from cowctl_fixture import TIMEOUT_S, CowctlTest, example_arrays
 
 
 def saved(array):
@@ -87,6 +86,92 @@ class AsNumpySavesIt(CowctlTest):
         self.assertEqual(np.load(self.folder / "out.npy", mmap_mode="r").shape, (0, 3))
 
 
+class Get(CowctlTest):
+    def setUp(self):
+        super().setUp()
+        self.array = np.arange(100_000, dtype="<i4")
+        self.put("x", self.array)
+
+    def files(self):
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def test_text_says_what_was_written(self):
+        self.assertRegex(self.run_text("get", "x", "new.npy"),
+                         r'\A"x", version 1: <i4 \(100000,\), 391 KiB in \d+\.\d\d s to "new.npy"\n\Z')
+        answer = self.run_json("get", "x", "newer.npy")
+        self.assertEqual((answer["name"], answer["file"], answer["bytes"]), ("x", "newer.npy", 400_000))
+
+    def test_a_file_is_overwritten_only_by_force(self):
+        (self.folder / "old.npy").write_text("precious")
+        before = self.files()
+        self.refuse("already_exists", "get", "x", "old.npy", says='"old.npy" exists; overwrite it with --force')
+        self.assertEqual((self.folder / "old.npy").read_text(), "precious")
+        self.run_text("get", "x", "old.npy", "--force")
+        self.assert_same(np.load(self.folder / "old.npy"), self.array)
+        self.assertEqual(self.files(), before)
+
+    def test_a_new_file_has_the_usual_mode(self):
+        self.run_text("get", "x", "new.npy", umask=0o027)
+        self.assertEqual(stat.S_IMODE((self.folder / "new.npy").stat().st_mode), 0o640)
+
+    def test_a_link_stays_a_link(self):
+        (self.folder / "real.npy").write_text("old")
+        (self.folder / "link.npy").symlink_to("real.npy")
+        self.refuse("already_exists", "get", "x", "link.npy", says="--force")
+        self.run_text("get", "x", "link.npy", "--force")
+        self.assertTrue((self.folder / "link.npy").is_symlink())
+        self.assert_same(np.load(self.folder / "real.npy"), self.array)
+
+    def test_places_where_no_file_can_be(self):
+        before = self.files()
+        self.refuse("not_found", "get", "x", "missing/x.npy", says='"missing": No such file or directory')
+        self.refuse("os_failure", "get", "x", "x.npy/x.npy", says="Not a directory")
+        self.refuse("os_failure", "get", "x", "n" * 300, says="File name too long")
+        self.refuse("invalid_argument", "get", "x", "", says="empty")
+        for force in ([], ["--force"]):
+            self.refuse("invalid_argument", "get", "x", self.folder, *force, says="is a directory")
+        self.assertEqual(self.files(), before)
+
+    def test_unknown_array(self):
+        before = self.files()
+        self.refuse("not_found", "get", "y", "y.npy", says='"y".*cowctl ls')
+        self.assertEqual(self.files(), before)
+
+    def test_a_full_device(self):
+        self.refuse("already_exists", "get", "x", "/dev/full")
+        self.refuse("os_failure", "get", "x", "/dev/full", "--force", says='write "/dev/full": No space left.*free')
+        self.assertTrue(stat.S_ISCHR(os.stat("/dev/full").st_mode))
+        self.assertEqual(glob.glob("/dev/.cowctl*"), [])
+
+    def test_a_failure_in_the_middle_leaves_nothing(self):
+        (self.folder / "old.npy").write_text("precious")
+        before = self.files()
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+        self.refuse("os_failure", "get", "x", "new.npy", says="File too large", preexec_fn=limit)
+        self.refuse("os_failure", "get", "x", "old.npy", "--force", says="File too large", preexec_fn=limit)
+        self.assertEqual(self.files(), before)
+        self.assertEqual((self.folder / "old.npy").read_text(), "precious")
+
+    def test_evict_during_get(self):
+        """A pipe holds get up, with its view; the name goes, the data stays."""
+        os.mkfifo(self.folder / "pipe")
+        process = self.start("get", "x", "pipe", "--force", stdout=subprocess.DEVNULL)
+        with open(self.folder / "pipe", "rb") as pipe:  # opens when get does, which has attached before
+            self.assertEqual(self.info("x")["views"], 1)
+            self.assertIn("cowctl get", [client["command"] for client in self.run_json("clients")])
+            holders = self.run_json("stat", "x")["holders"]
+            self.assertEqual([holder["pid"] for holder in holders], [process.pid])
+            self.assertEqual(self.run_json("evict", "x"), {"names": ["x"], "freed_bytes": 0})
+            self.refuse("not_found", "get", "x", "again.npy")
+            self.assertEqual(self.info("x")["state"], "draining")
+            content = pipe.read()
+        self.assertEqual(process.wait(TIMEOUT_S), 0)
+        self.assertEqual(content, self.save("x", self.array).read_bytes())
+        self.until(lambda: self.names() == [])
+
+
 if __name__ == "__main__":
-    cowctl_test.BIN = Path(sys.argv.pop(1)).resolve()
     unittest.main()

@@ -4,13 +4,10 @@
 import json
 import os
 import subprocess
-import sys
 import unittest
-from pathlib import Path
 
-import cowctl_test
 import numpy as np
-from cowctl_test import MIB, NOBODY, TIMEOUT_S, CowctlTest
+from cowctl_fixture import MIB, NOBODY, TIMEOUT_S, CowctlTest, Maker
 
 
 class Names(CowctlTest):
@@ -175,15 +172,8 @@ class Files(CowctlTest):
 
 
 class NextDaemon(CowctlTest):
-    def start_next(self):
-        flags = ["--socket", self.daemon.socket, "--instance", self.daemon.instance, "--log-level", "off"]
-        self.daemon.process = subprocess.Popen([cowctl_test.BIN / "cowmgr", *flags])
-        self.addCleanup(lambda: self.daemon.process.wait(TIMEOUT_S))
-        self.addCleanup(self.cowctl, "shutdown", "--purge")
-
     def test_a_command_waits_for_a_daemon(self):
-        self.daemon.process.kill()
-        self.daemon.process.wait()
+        self.daemon.kill()
         self.refuse("no_daemon", "ls", code=3)
         waiting = self.start("ls", "--wait", f"{TIMEOUT_S}s", "--json", stdout=subprocess.PIPE)
         self.start_next()
@@ -191,20 +181,14 @@ class NextDaemon(CowctlTest):
         self.assertEqual(waiting.returncode, 0)
 
     def test_a_command_finds_the_next_daemon(self):
-        maker = subprocess.Popen([cowctl_test.BIN / "test_results_maker", "s", "dense"], env=self.env(), stdin=subprocess.PIPE,
-                                 stdout=subprocess.PIPE, text=True)
-        self.assertEqual(maker.stdout.readline(), "done\n")
+        maker = Maker(self, "s", "dense")
         follower = self.start("results", "s", "--follow", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.until(lambda: "cowctl results" in [client["command"] for client in self.run_json("clients")])
-        self.daemon.process.kill()
-        self.daemon.process.wait()
+        self.daemon.kill()
         self.start_next()
-        for word in ["lease", "commit"] * 4:
-            print(word, file=maker.stdin, flush=True)
-            self.assertEqual(maker.stdout.readline(), "done\n")
+        maker.tell(*["lease", "commit"] * 4)
         out, err = follower.communicate(timeout=TIMEOUT_S)
         self.assertEqual((follower.returncode, out, err), (0, b'"s" is done: 4 slots\n', b""))
-        maker.communicate(timeout=TIMEOUT_S)
 
     def test_durations(self):
         self.run_text("ping", "--wait", "500ms")
@@ -214,5 +198,4 @@ class NextDaemon(CowctlTest):
 
 
 if __name__ == "__main__":
-    cowctl_test.BIN = Path(sys.argv.pop(1)).resolve()
     unittest.main()

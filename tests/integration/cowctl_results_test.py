@@ -6,36 +6,9 @@ import pty
 import re
 import select
 import subprocess
-import sys
 import unittest
-from pathlib import Path
 
-import cowctl_test
-from cowctl_test import TIMEOUT_S, CowctlTest
-
-
-class Maker:
-    """A program that has made a set, and does with it what it is told."""
-
-    def __init__(self, test, name, kind):
-        self.process = subprocess.Popen([cowctl_test.BIN / "test_results_maker", name, kind], env=test.env(),
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        test.addCleanup(self.end)
-        self.hear(test)
-        self.test = test
-
-    def hear(self, test):
-        test.assertEqual(self.process.stdout.readline(), "done\n")
-
-    def tell(self, *words):
-        for word in words:
-            print(word, file=self.process.stdin, flush=True)
-            self.hear(self.test)
-
-    def end(self):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait(TIMEOUT_S)
+from cowctl_fixture import TIMEOUT_S, CowctlTest, Maker
 
 
 class Results(CowctlTest):
@@ -123,5 +96,4 @@ class Results(CowctlTest):
 
 
 if __name__ == "__main__":
-    cowctl_test.BIN = Path(sys.argv.pop(1)).resolve()
     unittest.main()

@@ -3,13 +3,11 @@
 
 import json
 import subprocess
-import sys
 import unittest
 from pathlib import Path
 
-import cowctl_test
 import numpy as np
-from cowctl_test import CowctlTest
+from cowctl_fixture import CowctlTest
 
 
 class Verify(CowctlTest):
@@ -31,17 +29,13 @@ class Verify(CowctlTest):
         self.put("bad", np.arange(1000), "--checksum")
         self.put("good", np.arange(1000), "--checksum")
         segment = Path("/dev/shm" + self.info("bad")["segment"])
-        self.daemon.process.kill()  # while it runs it would see who writes
-        self.daemon.process.wait()
+        self.daemon.kill()  # while it runs it would see who writes
         segment.chmod(0o1600)
         with segment.open("r+b") as file:
             file.seek(5000)
             file.write(b"x")
         segment.chmod(0o1400)
-        self.daemon.process = subprocess.Popen([cowctl_test.BIN / "cowmgr", "--socket", self.daemon.socket, "--instance",
-                                                self.daemon.instance, "--log-level", "off"])
-        self.addCleanup(self.daemon.process.wait)
-        self.addCleanup(self.cowctl, "shutdown", "--purge")
+        self.start_next()
         while self.start("ping", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait() != 0:
             pass
         done = self.cowctl("verify", "--json", code=1)
@@ -55,5 +49,4 @@ class Verify(CowctlTest):
 
 
 if __name__ == "__main__":
-    cowctl_test.BIN = Path(sys.argv.pop(1)).resolve()
     unittest.main()

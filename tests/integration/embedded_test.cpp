@@ -136,7 +136,89 @@ TEST_F(Embedded, IsNotThere) {
   EXPECT_THAT(missing, FailsWith(Errc::not_found));
   EXPECT_THAT(missing.error().message, testing::HasSubstr("/nowhere/cowmgr"));
   options_.program = "/bin/false";
-  EXPECT_THAT(EmbeddedDaemon::start(options_), FailsWith(Errc::no_daemon));
+  const auto ended = EmbeddedDaemon::start(options_);
+  EXPECT_THAT(ended, FailsWith(Errc::no_daemon));
+  EXPECT_THAT(ended.error().message, testing::StartsWith("cowmgr ended with exit status 1; its log"));
+}
+
+TEST_F(Embedded, IsStoppedOnRequest) {
+  auto daemon = EmbeddedDaemon::start(options_);
+  const pid_t pid = daemon->pid();
+  const std::string instance = daemon->connect()->ping()->instance;
+  EXPECT_THAT(daemon->stop(), Succeeds());
+  EXPECT_NE(::kill(pid, 0), 0);
+  EXPECT_THAT(shm_files(instance), testing::IsEmpty());
+  EXPECT_THAT(daemon->stop(), Succeeds()) << "once is enough";
+}
+
+TEST_F(Embedded, EndsThoughSomebodyStoppedIt) {
+  auto daemon = EmbeddedDaemon::start(options_);
+  ::kill(daemon->pid(), SIGSTOP);
+  EXPECT_THAT(daemon->stop(), Succeeds());
+}
+
+TEST_F(Embedded, TellsHowItEnded) {
+  auto daemon = EmbeddedDaemon::start(options_);
+  ::kill(daemon->pid(), SIGKILL);
+  const auto stopped = daemon->stop();
+  ASSERT_THAT(stopped, FailsWith(Errc::no_daemon));
+  EXPECT_EQ(stopped.error().message, "cowmgr was killed by signal 9 (Killed)");
+}
+
+TEST_F(Embedded, IsNotStoppedByAForkOfItsParent) {
+  auto daemon = EmbeddedDaemon::start(options_);
+  Child child([&](const Link&) { EXPECT_THAT(daemon->stop(), Succeeds()); });
+  EXPECT_EQ(child.wait(), 0);
+  EXPECT_THAT(daemon->connect(), Succeeds());
+}
+
+TEST_F(Embedded, ObeysSignalsThatItsParentBlocks) {
+  sigset_t blocked;
+  ::sigemptyset(&blocked);
+  ::sigaddset(&blocked, SIGTERM);
+  ::pthread_sigmask(SIG_BLOCK, &blocked, nullptr);
+  const auto daemon = EmbeddedDaemon::start(options_);
+  ::pthread_sigmask(SIG_UNBLOCK, &blocked, nullptr);
+  const UniqueFd ended = open_pidfd(daemon->pid());
+  ::kill(daemon->pid(), SIGTERM);
+  EXPECT_TRUE(wait_readable(ended.get()));
+}
+
+TEST_F(Embedded, OutlivesItsParentIfItIsKept) {
+  options_.may_outlive = true;
+  std::string socket;
+  {
+    Child parent([&](const Link& test) {
+      auto daemon = EmbeddedDaemon::start(options_);
+      (void)put(*daemon->connect());
+      daemon->keep();
+      test.say(daemon->socket());
+      test.say(daemon->log_file());
+    });
+    socket = parent.hear();
+    EXPECT_TRUE(std::filesystem::exists(parent.hear()));
+    EXPECT_EQ(parent.wait(), 0);
+  }
+  const auto client = Client::connect({.socket = socket, .command = {}});
+  ASSERT_THAT(client, Succeeds());
+  EXPECT_THAT(client->attach("a"), Succeeds());
+  const auto info = *client->ping();
+  const UniqueFd ended = open_pidfd(info.pid);
+  EXPECT_THAT(client->shutdown(), Succeeds());
+  EXPECT_TRUE(wait_readable(ended.get()));
+  EXPECT_THAT(shm_files(info.instance), testing::IsEmpty());
+  std::filesystem::remove_all(std::filesystem::path(socket).parent_path());  // with the log
+}
+
+TEST_F(Embedded, EndsWithItsObjectThoughItCouldBeKept) {
+  options_.may_outlive = true;
+  UniqueFd ended;
+  {
+    const auto daemon = EmbeddedDaemon::start(options_);
+    ASSERT_THAT(daemon, Succeeds());
+    ended = open_pidfd(daemon->pid());
+  }
+  EXPECT_TRUE(wait_readable(ended.get()));
 }
 
 TEST_F(Embedded, IsCleanedUpAfterIfItWasKilled) {

@@ -6,16 +6,15 @@ Usage: readme_test.py program README FILE    writes that program
 
 import os
 import re
-import select
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-TIMEOUT_S = 240  # a sanitizer on a busy machine
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+from programs import TIMEOUT_S, start_daemon  # noqa: E402  (found by the line above)
 
 # What the README leaves to its reader.
 PROGRAM = """#include <cmath>
@@ -82,14 +81,7 @@ class Tour:
 
     def start(self):
         """Waits until it serves, as a person does who types the next command."""
-        notify = f"{self.folder}/notify.sock"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(notify)
-            process = subprocess.Popen(self.daemon, env=self.environment | {"NOTIFY_SOCKET": notify})
-            readable, _, _ = select.select([ready], [], [], TIMEOUT_S)
-            check(readable and b"READY=1" in ready.recv(4096), "the daemon did not start")
-        os.unlink(notify)
-        return process
+        return start_daemon(self.daemon, self.folder, self.environment)
 
     def run(self, *command, **environment):
         return subprocess.run(command, cwd=self.folder, env=self.environment | environment, timeout=TIMEOUT_S, text=True,

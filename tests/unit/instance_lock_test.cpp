@@ -14,6 +14,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/forked.hpp"
+#include "tests/support/lock_fixture.hpp"
 #include "tests/unit/result.hpp"
 
 namespace cowmgr {
@@ -23,15 +24,8 @@ namespace fs = std::filesystem;
 
 using testing::HasSubstr;
 
-class InstanceLockTest : public testing::Test {
+class InstanceLockTest : public LockTest {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "/cowmgr-instance-XXXXXX";
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(directory_); }
-
   [[nodiscard]] Result<InstanceLock> acquire(std::string_view instance = "x") const {
     return InstanceLock::acquire(instance, directory_);
   }
@@ -41,23 +35,6 @@ class InstanceLockTest : public testing::Test {
     std::error_code ignored;
     return fs::remove(file(), ignored);
   }
-
-  // Takes the lock again and again; while it is held nobody else may be in the same place.
-  [[nodiscard]] std::string take_turns(int wanted) const {
-    const std::string inside = directory_ + "/inside";
-    for (int taken = 0; taken < wanted;) {
-      const auto lock = acquire();
-      if (!lock && lock.error().code == Errc::busy) continue;
-      if (!lock) return lock.error().message;
-      ++taken;
-      const UniqueFd alone(::open(inside.c_str(), O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-      if (!alone) return "two holders";
-      ::unlink(inside.c_str());
-    }
-    return "one holder at a time";
-  }
-
-  std::string directory_;
 };
 
 TEST_F(InstanceLockTest, HoldsWithoutItsFile) {
@@ -113,7 +90,8 @@ TEST_F(InstanceLockTest, IsOfOneInstance) {
 TEST_F(InstanceLockTest, NeverHasTwoHoldersThoughSomebodyRemovesTheFile) {
   std::vector<std::unique_ptr<Forked>> processes;
   for (int i = 0; i < 3; ++i)
-    processes.push_back(std::make_unique<Forked>([this] { return take_turns(100); }));
+    processes.push_back(
+        std::make_unique<Forked>([this] { return take_turns(100, [this] { return acquire(); }); }));
   std::atomic<bool> is_over = false;
   std::thread remover([&] {
     while (!is_over) {

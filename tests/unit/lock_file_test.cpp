@@ -15,6 +15,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/support/forked.hpp"
+#include "tests/support/lock_fixture.hpp"
 #include "tests/unit/result.hpp"
 
 namespace cowmgr {
@@ -22,35 +23,11 @@ namespace {
 
 using testing::HasSubstr;
 
-class LockFileTest : public testing::Test {
+class LockFileTest : public LockTest {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "/cowmgr-lock-XXXXXX";
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
   [[nodiscard]] std::string path() const { return directory_ + "/lock"; }
   [[nodiscard]] Result<LockFile> acquire() const { return LockFile::acquire(path()); }
   [[nodiscard]] bool exists() const { return std::filesystem::exists(path()); }
-
-  // Takes the lock `wanted` times; each time, nobody else may be in the same place.
-  [[nodiscard]] std::string take_turns(int wanted) const {
-    const std::string inside = directory_ + "/inside";
-    for (int taken = 0; taken < wanted;) {
-      const auto lock = acquire();
-      if (!lock && lock.error().code == Errc::busy) continue;
-      if (!lock) return lock.error().message;
-      ++taken;
-      const UniqueFd alone(::open(inside.c_str(), O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-      if (!alone) return "two holders";
-      ::unlink(inside.c_str());
-    }
-    return "one holder at a time";
-  }
-
-  std::string directory_;
 };
 
 TEST_F(LockFileTest, TheSecondIsRefusedWithThePidOfTheFirst) {
@@ -125,7 +102,8 @@ TEST_F(LockFileTest, FollowsNoLink) {
 TEST_F(LockFileTest, NeverHasTwoHoldersAmongThreads) {
   std::vector<std::future<std::string>> threads;
   for (int i = 0; i < 4; ++i)
-    threads.push_back(std::async(std::launch::async, [this] { return take_turns(200); }));
+    threads.push_back(
+        std::async(std::launch::async, [this] { return take_turns(200, [this] { return acquire(); }); }));
   for (auto& thread : threads) EXPECT_EQ(thread.get(), "one holder at a time");
   EXPECT_FALSE(exists());
 }
@@ -133,7 +111,8 @@ TEST_F(LockFileTest, NeverHasTwoHoldersAmongThreads) {
 TEST_F(LockFileTest, NeverHasTwoHoldersAmongProcesses) {
   std::vector<std::unique_ptr<Forked>> processes;
   for (int i = 0; i < 4; ++i)
-    processes.push_back(std::make_unique<Forked>([this] { return take_turns(200); }));
+    processes.push_back(
+        std::make_unique<Forked>([this] { return take_turns(200, [this] { return acquire(); }); }));
   for (auto& process : processes) EXPECT_EQ(process->said(), "one holder at a time");
   EXPECT_FALSE(exists());
 }

@@ -1,7 +1,6 @@
 #include "client/examples/knn/demo_options.hpp"
 
 #include <algorithm>
-#include <sstream>
 #include <thread>
 
 #include <CLI/CLI.hpp>
@@ -10,7 +9,6 @@
 namespace cowmgr::knn {
 namespace {
 
-constexpr int kWrongUsage = 2;
 constexpr std::size_t kMaxWorkers = 256;          // each takes some MiB of its own
 constexpr std::size_t kMaxCount = 1'000'000'000;  // of rows and slots; the data set the real limit
 constexpr std::size_t kFewestWorkers = 4;         // with fewer, one copy saves little to look at
@@ -28,18 +26,18 @@ constexpr const char* kFooter =
 
 void declare(CLI::App& app, DemoOptions& options) {
   const CLI::Range count(std::size_t{1}, kMaxCount, "COUNT");
-  app.add_option("--workers", options.workers,
+  app.add_option("--workers", options.task.workers,
                  "Number of worker processes. Default: one a processor, at least 4")
       ->check(CLI::Range(std::size_t{1}, kMaxWorkers))
       ->type_name("N");
-  app.add_option("--k", options.k, "Number of neighbours that vote. Default: 5")
+  app.add_option("--k", options.task.k, "Number of neighbours that vote. Default: 5")
       ->check(count)
       ->type_name("K");
-  app.add_option("--slots", options.slots,
+  app.add_option("--slots", options.task.slots,
                  "Number of parts of the work. Default: such as to keep all workers busy")
       ->check(count)
       ->type_name("N");
-  app.add_option("--test-rows", options.test_rows, "Classify only the first N test images")
+  app.add_option("--test-rows", options.task.test_rows, "Classify only the first N test images")
       ->check(count)
       ->type_name("N");
   app.add_option("--data", options.data, "Where the data set lies. Default: " + options.data)
@@ -58,25 +56,18 @@ void declare(CLI::App& app, DemoOptions& options) {
   app.footer(kFooter);
 }
 
-DemoAnswer answer_of(const CLI::App& app, const CLI::ParseError& error) {
-  if (error.get_exit_code() != 0)
-    return {kWrongUsage, fmt::format("{}; see `knn-demo --help`", error.what())};
-  std::ostringstream out;
-  app.exit(error, out, out);
-  return {0, out.str()};
-}
-
 }  // namespace
 
-std::variant<DemoOptions, DemoAnswer> parse_demo_options(int argc, const char* const* argv) {
+std::variant<DemoOptions, cli::Answer> parse_demo_options(int argc, const char* const* argv) {
   DemoOptions options;
-  options.workers = std::clamp<std::size_t>(std::thread::hardware_concurrency(), kFewestWorkers, kMaxWorkers);
+  options.task.workers =
+      std::clamp<std::size_t>(std::thread::hardware_concurrency(), kFewestWorkers, kMaxWorkers);
   CLI::App app(kDescription, "knn-demo");
   declare(app, options);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return answer_of(app, error);
+    return cli::answer_of(app, error, fmt::format("{}; see `knn-demo --help`", error.what()));
   }
   return options;
 }

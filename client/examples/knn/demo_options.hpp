@@ -6,13 +6,20 @@
 #include <string>
 #include <variant>
 
+#include "client/cowctl/answer.hpp"
+
 namespace cowmgr::knn {
 
-struct DemoOptions {
+// What is done, and by how many.
+struct DemoTask {
   std::size_t workers = 0;    // at least 1
   std::size_t k = 5;          // at least 1
   std::uint64_t slots = 0;    // 0: slots_for() chooses
   std::size_t test_rows = 0;  // the first so many; 0: all
+};
+
+struct DemoOptions {
+  DemoTask task;
   std::string data = "/usr/share/datasets/fashion-mnist";
   std::string json_file;         // empty: none
   std::string predictions_file;  // empty: none
@@ -20,13 +27,7 @@ struct DemoOptions {
   bool keep = false;             // leave the daemon running that was started
 };
 
-// The command line is answered without a run: help, or what is wrong with it.
-struct DemoAnswer {
-  int exit_code = 0;
-  std::string text;  // exit_code 0: for standard output. Else a sentence, for standard error
-};
-
-[[nodiscard]] std::variant<DemoOptions, DemoAnswer> parse_demo_options(int argc, const char* const* argv);
+[[nodiscard]] std::variant<DemoOptions, cli::Answer> parse_demo_options(int argc, const char* const* argv);
 
 // A number of slots that keeps all workers busy to the end, and each slot large enough for fast products.
 [[nodiscard]] std::uint64_t slots_for(std::size_t workers, std::size_t test_rows);

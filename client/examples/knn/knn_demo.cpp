@@ -5,7 +5,6 @@
 // for the daemon.
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -26,7 +25,6 @@
 #include "client/examples/knn/fashion_mnist.hpp"
 #include "client/examples/knn/interrupts.hpp"
 #include "client/examples/knn/names.hpp"
-#include "client/examples/knn/own_daemon.hpp"
 #include "client/examples/knn/report.hpp"
 #include "client/examples/knn/workers.hpp"
 #include "cowmgr/cowmgr.hpp"
@@ -36,18 +34,11 @@
 namespace cowmgr::knn {
 namespace {
 
+using cli::print;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kGlance = std::chrono::milliseconds(100);  // between two looks at the workers
 constexpr auto kSealPatience = std::chrono::seconds(10);  // until a process that can still write is an error
-
-// Who closed the other end, as `head` does, has read what it wanted: that is no error.
-Result<void> print(std::string_view text) {
-  const bool is_written =
-      std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0;
-  if (is_written || errno == EPIPE) return {};
-  return tl::unexpected(os_error("write", "standard output", errno));
-}
 
 // The files that were asked for. Made before the work, so that a bad name costs nobody a minute.
 struct Outputs {
@@ -87,12 +78,14 @@ Result<FashionMnist> load(const DemoOptions& options) {
     return fail(Errc::invalid_argument,
                 fmt::format("{} {} is too much: there are {} {} images", option, wanted, rows, kind));
   };
-  if (options.k > data->train.rows()) return too_many("--k", options.k, data->train.rows(), "training");
-  if (options.test_rows > data->test.rows()) {
-    return too_many("--test-rows", options.test_rows, data->test.rows(), "test");
+  if (options.task.k > data->train.rows())
+    return too_many("--k", options.task.k, data->train.rows(), "training");
+  if (options.task.test_rows > data->test.rows()) {
+    return too_many("--test-rows", options.task.test_rows, data->test.rows(), "test");
   }
-  if (options.test_rows > 0) truncate(data->test, options.test_rows);
-  if (options.slots > data->test.rows()) return too_many("--slots", options.slots, data->test.rows(), "test");
+  if (options.task.test_rows > 0) truncate(data->test, options.task.test_rows);
+  if (options.task.slots > data->test.rows())
+    return too_many("--slots", options.task.slots, data->test.rows(), "test");
   return data;
 }
 
@@ -130,7 +123,7 @@ Result<void> put_inputs(const Client& client, const FashionMnist& data, Belongin
 // Waits for the last slot, with an eye on the workers: without them it would never come.
 Result<Array> wait_for_predictions(ResultSet& set, Workers& workers, const Interrupts& interrupts) {
   const std::uint64_t rows = set.spec().shape.front();
-  cli::ProgressBar bar("classifying", rows, cli::Progress::Unit::items);
+  cli::ProgressBar bar("classifying", rows, cli::ProgressBar::Unit::items);
   const auto show = [&](const ResultsInfo& info) { bar.update(rows * info.committed / info.slots); };
   std::optional<Clock::time_point> refused;  // since when the complete result cannot be sealed
   for (;;) {
@@ -175,22 +168,34 @@ class Demo {
     auto data = load(options_);
     if (!data) return error_of(data);
     if (auto ok = interrupts_.check(); !ok) return ok;
-    if (!options_.socket.empty()) return use_daemon_of_others(*data);
-    auto daemon = OwnDaemon::start(options_.keep, interrupts_);
-    if (!daemon) return error_of(daemon);
-    // The daemon is our own: when it goes, none comes back.
-    const auto client = connect((*daemon)->socket(), Milliseconds(0));
-    if (!client) return error_of(client);
-    if (auto ok = classify(*client, *data, nullptr); !ok) return ok;
-    const KeptDaemon kept{(*daemon)->socket(), (*daemon)->log(), shortest(path_of_sibling("cowctl"))};
-    if (auto ok = conclude(options_.keep ? &kept : nullptr); !ok) return ok;
-    if (options_.keep) (*daemon)->keep();
-    return {};
+    return options_.socket.empty() ? use_daemon_of_our_own(*data) : use_daemon_of_others(*data);
   }
 
  private:
   [[nodiscard]] static Result<Client> connect(const std::string& socket, Milliseconds reconnect) {
     return Client::connect({.socket = socket, .command = "knn-demo", .reconnect = reconnect});
+  }
+
+  Result<void> use_daemon_of_our_own(FashionMnist& data) {
+    auto daemon = EmbeddedDaemon::start({.program = {}, .may_outlive = options_.keep});
+    if (!daemon) return error_of(daemon);
+    auto done = work_with(*daemon, data);
+    if (done && options_.keep) {
+      daemon->keep();
+      return done;
+    }
+    // Why it is gone comes before what we missed.
+    if (const auto stopped = daemon->stop(); !stopped)
+      fmt::print(stderr, "knn-demo: {}\n", stopped.error().message);
+    return done;
+  }
+
+  Result<void> work_with(const EmbeddedDaemon& daemon, FashionMnist& data) {
+    const auto client = connect(daemon.socket(), Milliseconds(0));  // when it goes, none comes back
+    if (!client) return error_of(client);
+    if (auto ok = classify(*client, data, nullptr); !ok) return ok;
+    const KeptDaemon kept{daemon.socket(), daemon.log_file(), shortest(path_of_sibling("cowctl"))};
+    return conclude(options_.keep ? &kept : nullptr);
   }
 
   Result<void> use_daemon_of_others(FashionMnist& data) {
@@ -215,28 +220,27 @@ class Demo {
   }
 
   void describe(const FashionMnist& data) {
-    report_.k = options_.k;
+    report_.task = options_.task;
+    report_.task.test_rows = data.test.rows();
+    if (report_.task.slots == 0) report_.task.slots = slots_for(report_.task.workers, report_.task.test_rows);
     report_.train_rows = data.train.rows();
-    report_.test_rows = data.test.rows();
     report_.train_bytes = data.train.images.bytes.size() * sizeof(float);
-    report_.workers = options_.workers;
-    report_.slots = options_.slots > 0 ? options_.slots : slots_for(options_.workers, report_.test_rows);
   }
 
   [[nodiscard]] Result<void> announce(const FashionMnist& data) const {
     return print(fmt::format(
         "Fashion-MNIST: {} training images of {} pixels as float32, {}, are in shared memory, once.\n"
         "{} workers classify {} test images, in {} slots.\n",
-        report_.train_rows, data.train.columns(), format_size(report_.train_bytes), report_.workers,
-        report_.test_rows, report_.slots));
+        report_.train_rows, data.train.columns(), format_size(report_.train_bytes), report_.task.workers,
+        report_.task.test_rows, report_.task.slots));
   }
 
   Result<void> run_workers(const Client& client, std::span<const std::uint8_t> labels) {
     const auto began = Clock::now();
     auto set =
-        client.create_results(kPredictions, {Dtype::of<std::uint8_t>(), {labels.size()}}, report_.slots);
+        client.create_results(kPredictions, {Dtype::of<std::uint8_t>(), {labels.size()}}, report_.task.slots);
     if (!set) return error_of(set);
-    auto workers = Workers::start(report_.workers, report_.k, client.socket());
+    auto workers = Workers::start(report_.task.workers, report_.task.k, client.socket());
     if (!workers) return error_of(workers);
     if (auto ok = print(fmt::format("Their processes: {}\n", workers->pids())); !ok) return ok;
     auto predictions = wait_for_predictions(*set, *workers, interrupts_);
@@ -273,7 +277,7 @@ class Demo {
 
 int run(int argc, const char* const* argv) {
   const auto parsed = parse_demo_options(argc, argv);
-  if (const auto* answer = std::get_if<DemoAnswer>(&parsed)) {
+  if (const auto* answer = std::get_if<cli::Answer>(&parsed)) {
     if (answer->exit_code == 0) return print(answer->text) ? 0 : 1;
     fmt::print(stderr, "knn-demo: {}\n", cli::visible(answer->text));
     return answer->exit_code;

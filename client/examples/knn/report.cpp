@@ -21,25 +21,19 @@ MemoryUse sum_of(const std::vector<WorkerReport>& workers) {
 }
 
 std::string memory_table(const DemoReport& report, cli::Style style) {
-  using cli::Align;
-  cli::Table table({{"worker", Align::left},
-                    {"images", Align::right},
-                    {"RSS", Align::right},
-                    {"PSS", Align::right},
-                    {"private", Align::right}});
-  const auto add = [&](std::string who, std::uint64_t rows, const MemoryUse& use,
-                       cli::Table::Emphasis emphasis) {
-    table.add_row({std::move(who), std::to_string(rows), format_size(use.rss_bytes),
-                   format_size(use.pss_bytes), format_size(use.private_bytes)},
-                  emphasis);
+  std::vector<cli::Row> rows;
+  const auto add = [&](std::string who, std::uint64_t images, const MemoryUse& use, bool is_sum) {
+    rows.push_back({{std::move(who), std::to_string(images), format_size(use.rss_bytes),
+                     format_size(use.pss_bytes), format_size(use.private_bytes)},
+                    cli::bold_if(is_sum)});
   };
-  std::uint64_t rows = 0;
+  std::uint64_t images = 0;
   for (const auto& worker : report.by_worker) {
-    add(fmt::format("process {}", worker.pid), worker.rows, worker.memory, cli::Table::Emphasis::none);
-    rows += worker.rows;
+    add(fmt::format("process {}", worker.pid), worker.rows, worker.memory, false);
+    images += worker.rows;
   }
-  add("sum", rows, sum_of(report.by_worker), cli::Table::Emphasis::bold);
-  return table.to_string(style);
+  add("sum", images, sum_of(report.by_worker), true);
+  return cli::table({"worker", ">images", ">RSS", ">PSS", ">private"}, std::move(rows), style);
 }
 
 template <class Member>
@@ -72,7 +66,7 @@ std::string look_around(const KeptDaemon& kept, cli::Style style) {
 }  // namespace
 
 double DemoReport::accuracy() const noexcept {
-  return static_cast<double>(correct) / static_cast<double>(test_rows);
+  return static_cast<double>(correct) / static_cast<double>(task.test_rows);
 }
 
 std::uint64_t DemoReport::pss_sum_bytes() const noexcept {
@@ -85,8 +79,8 @@ std::string to_text(const DemoReport& report, cli::Style style) {
       "{}  {:.1f} s in all, {:.1f} s of it to classify\n\n"
       "Memory of the workers, while each has all arrays mapped:\n{}\n"
       "The training images are {}: {} copies would take {}, all workers together take {}.\n",
-      style.bold("Accuracy"), 100 * report.accuracy(), report.correct, report.test_rows,
-      report.k == 1 ? "the nearest neighbour" : fmt::format("the {} nearest neighbours", report.k),
+      style.bold("Accuracy"), 100 * report.accuracy(), report.correct, report.task.test_rows,
+      report.task.k == 1 ? "the nearest neighbour" : fmt::format("the {} nearest neighbours", report.task.k),
       style.bold("Wall time"), report.total.count(), report.classifying.count(), memory_table(report, style),
       format_size(report.train_bytes), report.by_worker.size(), format_size(report.copies_bytes()),
       style.bold(format_size(report.pss_sum_bytes())));
@@ -95,13 +89,13 @@ std::string to_text(const DemoReport& report, cli::Style style) {
 std::string to_json(const DemoReport& report) {
   nlohmann::ordered_json json;
   json["accuracy"] = report.accuracy();
-  json["k"] = report.k;
+  json["k"] = report.task.k;
   json["train_rows"] = report.train_rows;
-  json["test_rows"] = report.test_rows;
+  json["test_rows"] = report.task.test_rows;
   json["correct"] = report.correct;
-  json["workers"] = report.workers;
+  json["workers"] = report.task.workers;
   json["lost_workers"] = report.lost_workers;
-  json["slots"] = report.slots;
+  json["slots"] = report.task.slots;
   json["seconds"] = report.total.count();
   json["classify_seconds"] = report.classifying.count();
   json["train_bytes"] = report.train_bytes;
@@ -120,7 +114,7 @@ std::string closing_words(const DemoReport& report, const KeptDaemon* kept, cli:
       "counts them in full every time; PSS divides a page by the number of programs that share it, so that\n"
       "its sum is what the machine really spends. No image went through a socket. The workers wrote their\n"
       "answers in place, into one result array, of which each leased a range of rows at a time.\n\n{}",
-      style.bold("What you have seen"), report.workers,
+      style.bold("What you have seen"), report.task.workers,
       kept != nullptr ? look_around(*kept, style) : try_next(style));
 }
 

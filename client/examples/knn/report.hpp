@@ -8,18 +8,16 @@
 #include <vector>
 
 #include "client/cowctl/terminal.hpp"
+#include "client/examples/knn/demo_options.hpp"
 #include "client/examples/knn/workers.hpp"
 
 namespace cowmgr::knn {
 
 struct DemoReport {
-  std::size_t k = 0;
+  DemoTask task;  // as it was carried out: no field is 0
   std::size_t train_rows = 0;
-  std::size_t test_rows = 0;
-  std::size_t correct = 0;  // of test_rows
-  std::size_t workers = 0;  // that were started
-  std::size_t lost_workers = 0;
-  std::uint64_t slots = 0;
+  std::size_t correct = 0;                      // of task.test_rows
+  std::size_t lost_workers = 0;                 // of task.workers
   std::chrono::duration<double> total{};        // from the start of the program
   std::chrono::duration<double> classifying{};  // of it, from the start of the workers to the last commit
   std::uint64_t train_bytes = 0;                // of the training images

@@ -4,6 +4,7 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <cstdlib>
 #include <fcntl.h>
 #include <unistd.h>
 #include <utility>
@@ -29,25 +30,23 @@ Result<Pipe> make_pipe() {
 
 }  // namespace
 
-Result<Workers::Worker> Workers::start_one(std::size_t k, const std::string& socket) {
+Result<Workers::Worker> Workers::start_one(std::size_t k) {
   auto input = make_pipe();
   if (!input) return error_of(input);
   auto output = make_pipe();
   if (!output) return error_of(output);
-  ChildOptions options;
-  options.arguments = {path_of_sibling("knn-worker"), std::to_string(k)};
-  // OpenBLAS makes its threads when it is loaded, before the worker can say that it wants none.
-  options.environment = {"COWMGR_SOCKET=" + socket, "OPENBLAS_NUM_THREADS=1"};
-  options.descriptors = {{input->read.get(), STDIN_FILENO}, {output->write.get(), STDOUT_FILENO}};
-  auto process = Child::start(options);
+  auto process = Child::start({path_of_sibling("knn-worker"), std::to_string(k)}, input->read, output->write);
   if (!process) return error_of(process);
   return Worker{*std::move(process), std::move(input->write), std::move(output->read)};
 }
 
 Result<Workers> Workers::start(std::size_t count, std::size_t k, const std::string& socket) {
+  ::setenv("COWMGR_SOCKET", socket.c_str(), 1);
+  // OpenBLAS makes its threads when it is loaded, before the worker can say that it wants none.
+  ::setenv("OPENBLAS_NUM_THREADS", "1", 1);
   Workers workers;
   for (std::size_t i = 0; i < count; ++i) {
-    auto worker = start_one(k, socket);
+    auto worker = start_one(k);
     if (!worker) return error_of(worker);
     workers.workers_.push_back(*std::move(worker));
   }

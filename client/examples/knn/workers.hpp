@@ -23,7 +23,8 @@ struct WorkerReport {
 // Move-only. The destructor kills those that still run.
 class Workers {
  public:
-  // Starts `count` times the knn-worker that lies beside this program; they find the daemon at `socket`.
+  // Starts `count` times the knn-worker that lies beside this program; they find the daemon at `socket`,
+  // which our environment names from now on.
   [[nodiscard]] static Result<Workers> start(std::size_t count, std::size_t k, const std::string& socket);
 
   // Tells on standard error of each worker that has ended since the last call. Those that are left can do
@@ -50,7 +51,7 @@ class Workers {
     UniqueFd output;  // where the worker says what it did: one line
     bool is_lost = false;
   };
-  [[nodiscard]] static Result<Worker> start_one(std::size_t k, const std::string& socket);
+  [[nodiscard]] static Result<Worker> start_one(std::size_t k);
   [[nodiscard]] static Result<std::string> read_line(const Worker& worker, const Interrupts& interrupts);
   void report_loss(Worker& worker, const std::string& how) const;
 
