@@ -132,7 +132,10 @@ Log::~Log() {
       std::make_shared<spdlog::logger>("", std::make_shared<spdlog::sinks::null_sink_st>()));
   // Somebody else may have filled the pipe just before a write, which waits then: the thread ends with the
   // process. Its end is awaited only where it is near.
-  if (sink_->await_flush(end + patience_)) return;
+  if (sink_->await_flush(end + patience_)) {
+    thread_.reset();  // it is done with the sink, which goes next
+    return;
+  }
   [[maybe_unused]] static const auto* const kept = new auto(std::move(thread_));
 }
 
