@@ -17,6 +17,7 @@
 #include <fmt/format.h>
 
 #include "client/fork_guard.hpp"
+#include "proto/errors.hpp"
 #include "proto/unique_fd.hpp"
 
 namespace cowmgr {

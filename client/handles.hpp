@@ -10,6 +10,7 @@
 #include "client/connection.hpp"
 #include "cowmgr/array.hpp"
 #include "cowmgr/results.hpp"
+#include "proto/result_segment.hpp"
 #include "proto/segment.hpp"
 
 namespace cowmgr::detail {

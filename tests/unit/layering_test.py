@@ -31,10 +31,16 @@ DAEMON_LAYERS = [
 
 # What each part may include of this project. The longest matching folder counts; tests/ may include everything.
 PARTS = {
-    "proto/": ("proto/",),
+    "proto/": ("proto/", "cowmgr/"),
     "daemon/": ("proto/", "daemon/"),
     "client/": ("proto/", "client/", "cowmgr/"),
-    "client/include/cowmgr/": ("proto/", "cowmgr/"),
+}
+# Of the two folders of public headers the upper one is the client's: proto/ and daemon/ include the lower alone.
+PUBLIC_FOLDERS = ("proto/include/", "client/include/")
+# What users of the library see: the standard library, tl::expected, and each other. What is named here needs more.
+PUBLIC_INCLUDE = re.compile(r"<[a-z_]+>|<sys/types\.h>|<tl/expected\.hpp>|\"cowmgr/[a-z_]+\.hpp\"")
+PUBLIC_INCLUDE_OF = {
+    "pool_task.hpp": re.compile(r"<cereal/[a-z_/]+\.hpp>|<boost/interprocess/streams/bufferstream\.hpp>"),
 }
 NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
 SHM_FILE = "daemon/shm_env.cpp"
@@ -101,6 +107,15 @@ class Tree:
             self.problem(file, line, f'{part} includes only {" and ".join(PARTS[part])} of this project, not "{name}".')
         elif file.startswith("daemon/") and name.startswith("daemon/"):
             self.check_layer(file, line, name)
+        if target and file.startswith(("proto/", "daemon/")) and target.startswith("client/"):
+            self.problem(file, line, f'"{name}" belongs to the client.')
+        if file.startswith(PUBLIC_FOLDERS):
+            self.check_public_include(file, line, f'"{name}"' if bracket == '"' else f"<{name}>")
+
+    def check_public_include(self, file, line, include):
+        more = PUBLIC_INCLUDE_OF.get(Path(file).name)
+        if not PUBLIC_INCLUDE.fullmatch(include) and not (more and more.fullmatch(include)):
+            self.problem(file, line, f"a public header includes the standard library, tl::expected and cowmgr/, not {include}.")
 
     def check_layer(self, file, line, name):
         (lower, below), (_, above) = layer_of(file), layer_of(name)
@@ -126,7 +141,7 @@ class Tree:
     def resolve(self, file, name):
         """The file of this project that an include means, or None (the system's, or generated)."""
         beside = (self.root / file).parent / name
-        for path in (beside, self.root / name, self.root / "client/include" / name):
+        for path in (beside, self.root / name, *(self.root / folder / name for folder in PUBLIC_FOLDERS)):
             if path.is_file():
                 return path.resolve().relative_to(self.root).as_posix()
         return None

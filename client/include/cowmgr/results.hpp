@@ -19,7 +19,7 @@
 
 #include "cowmgr/array.hpp"
 #include "cowmgr/info.hpp"
-#include "proto/result_segment.hpp"
+#include "cowmgr/slots.hpp"
 
 namespace cowmgr {
 
