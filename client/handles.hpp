@@ -213,6 +213,7 @@ class SlotImpl {
   [[nodiscard]] Result<void> check_usable() const;
   [[nodiscard]] Result<void> set_value(std::span<const std::byte> value);
   [[nodiscard]] const std::vector<std::byte>& value() const noexcept { return value_; }
+  [[nodiscard]] bool has_array() const noexcept { return allocation_.has_value(); }
 
  private:
   friend class ResultSetImpl;
