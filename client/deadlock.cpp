@@ -11,6 +11,8 @@
 
 #include <fmt/format.h>
 
+#include "client/own_thread.hpp"
+
 namespace cowmgr::detail {
 namespace {
 

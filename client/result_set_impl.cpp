@@ -68,7 +68,7 @@ Result<void> ResultSetImpl::cancel(bool forget) const {
 }
 
 Result<Slots> ResultSetImpl::lease(std::int64_t index, const Batch& batch, Milliseconds wait) {
-  Patience patience(*connection_, wait);
+  auto patience = connection_->patience(wait);
   for (;;) {
     patience.next();
     bool is_complete = false;
