@@ -35,13 +35,15 @@ PARTS = {
     "daemon/": ("proto/", "daemon/"),
     "client/": ("proto/", "client/", "cowmgr/"),
 }
-# Of the two folders of public headers the upper one is the client's: proto/ and daemon/ include the lower alone.
-PUBLIC_FOLDERS = ("proto/include/", "client/include/")
+# Public headers. Those in client/ are the client's own: proto/ and daemon/ do not include them.
+PUBLIC_FOLDERS = ("proto/include/", "client/include/", "client/pool/include/")
 # What users of the library see: the standard library, tl::expected, and each other. What is named here needs more.
 PUBLIC_INCLUDE = re.compile(r"<[a-z_]+>|<sys/types\.h>|<tl/expected\.hpp>|\"cowmgr/[a-z_]+\.hpp\"")
 PUBLIC_INCLUDE_OF = {
     "pool_task.hpp": re.compile(r"<cereal/[a-z_/]+\.hpp>|<boost/interprocess/streams/bufferstream\.hpp>"),
 }
+POOL_FOLDER = "client/pool/"
+USES_POOL = (POOL_FOLDER, "client/examples/")  # of the client's files
 NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
 SHM_FILE = "daemon/shm_env.cpp"
 SHM_CALL_ELSEWHERE = {("proto/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
@@ -109,6 +111,8 @@ class Tree:
             self.check_layer(file, line, name)
         if target and file.startswith(("proto/", "daemon/")) and target.startswith("client/"):
             self.problem(file, line, f'"{name}" belongs to the client.')
+        if target and target.startswith(POOL_FOLDER) and file.startswith("client/") and not file.startswith(USES_POOL):
+            self.problem(file, line, f'"{name}" belongs to the pool, which lies above the rest of the library.')
         if file.startswith(PUBLIC_FOLDERS):
             self.check_public_include(file, line, f'"{name}"' if bracket == '"' else f"<{name}>")
 

@@ -1,4 +1,4 @@
-#include "client/deadlock.hpp"
+#include "client/pool/deadlock.hpp"
 
 #include <filesystem>
 #include <fstream>
