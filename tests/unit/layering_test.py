@@ -29,6 +29,18 @@ DAEMON_LAYERS = [
     ["main"],
 ]
 
+# The same of the files that lie in client/ itself; a name stands for name.hpp and name.cpp alone.
+LIBRARY_LAYERS = [
+    ["fork_guard", "limit", "server_check", "socket_mark"],
+    ["channel", "mappings", "own_thread"],
+    ["grants", "greeter", "releases", "turns", "watched_socket"],
+    ["channel_pool", "holdings", "patience"],
+    ["resumption"],
+    ["connection"],
+    ["handles"],
+    ["array", "client", "embedded", "info", "result_set_impl", "results", "slot", "work"],
+]
+
 # What each part may include of this project. The longest matching folder counts; tests/ may include everything.
 PARTS = {
     "proto/": ("proto/", "cowmgr/"),
@@ -113,6 +125,8 @@ class Tree:
             self.problem(file, line, f'"{name}" belongs to the client.')
         if target and target.startswith(POOL_FOLDER) and file.startswith("client/") and not file.startswith(USES_POOL):
             self.problem(file, line, f'"{name}" belongs to the pool, which lies above the rest of the library.')
+        if target and is_library_file(file) and is_library_file(target) and library_layer(target) > library_layer(file):
+            self.problem(file, line, f'"{name}" is above {Path(file).stem}: includes flow down.')
         if file.startswith(PUBLIC_FOLDERS):
             self.check_public_include(file, line, f'"{name}"' if bracket == '"' else f"<{name}>")
 
@@ -127,6 +141,8 @@ class Tree:
             self.problem(file, line, f'"{name}" is above {lower}: includes flow down.')
 
     def check_library_file(self, file, code):
+        if is_library_file(file) and library_layer(file) < 0:
+            self.problem(file, 1, "this file has no layer: name it in LIBRARY_LAYERS of tests/unit/layering_test.py.")
         if file in LIBRARY_MUTEX_FILES:
             return
         for match in MUTEX.finditer(code):
@@ -174,6 +190,15 @@ def layer_of(file):
     names = [name for name in heights if stem == name or stem.startswith(name + "_")]
     name = max(names, key=len, default=stem)
     return name, heights.get(name)
+
+
+def is_library_file(file):
+    return Path(file).parent == Path("client")
+
+
+def library_layer(file):
+    """The height of a file in LIBRARY_LAYERS; -1 if it has none."""
+    return next((height for height, names in enumerate(LIBRARY_LAYERS) if Path(file).stem in names), -1)
 
 
 def main():
