@@ -27,18 +27,12 @@ Result<void> check_process(std::uint64_t generation) {
   return fail(Errc::wrong_process, "this handle belongs to the parent of this forked process; make one here");
 }
 
-Result<Mapping> map_segment(int fd, std::uint64_t segment_bytes, std::uint64_t data_end, Access access) {
-  if (segment_bytes < data_end)
-    return fail(Errc::protocol_error, "the daemon's description of a segment contradicts itself");
-  return Mapping::map(fd, segment_bytes, access);
-}
-
 // ---- ArrayImpl ----
 
 ArrayImpl::~ArrayImpl() {
   const bool is_ours = generation_ == fork_generation();
   mapping_.reset();
-  connection_->forget_mapping(info_.id);
+  connection_->mappings().forget(info_.id);
   if (is_ours) connection_->release_view(info_.id);
 }
 
@@ -59,7 +53,7 @@ Result<std::vector<std::unique_ptr<ArrayImpl>>> ArrayImpl::take_all(
   for (flatbuffers::uoffset_t i = 0; i < tables->size(); ++i) {
     auto info = info_of(*tables->Get(i));
     if (!info) return error_of(std::move(info));
-    auto mapping = connection->map(*info, reply.fds()[i].get(), view);
+    auto mapping = connection->mappings().map(*info, reply.fds()[i].get(), view);
     if (!mapping) return error_of(std::move(mapping));
     arrays.push_back(std::make_unique<ArrayImpl>(connection, *std::move(info), *std::move(mapping), view));
   }
@@ -130,7 +124,7 @@ Result<std::unique_ptr<ArrayImpl>> WriterImpl::take_sealed(Connection::Reply<wir
   reply.keep();
   array->hold();
   *mapping = std::move(mapping_);  // pointers into it stay valid
-  connection_->keep_mapping(info_.id, mapping);
+  connection_->mappings().keep(info_.id, mapping);
   return array;
 }
 
@@ -140,7 +134,7 @@ Result<std::unique_ptr<ArrayImpl>> WriterImpl::find_sealed() {
   is_held_ = false;
   connection_->remove_writing(info_.id);
   auto mapping = std::make_shared<Mapping>(std::move(mapping_));
-  connection_->keep_mapping(info_.id, mapping);
+  connection_->mappings().keep(info_.id, mapping);
   sealed->front()->use(std::move(mapping));
   return std::move(sealed->front());
 }

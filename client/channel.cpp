@@ -1,9 +1,7 @@
 #include "client/channel.hpp"
 
-#include <algorithm>
 #include <cerrno>
 #include <fcntl.h>
-#include <limits>
 #include <poll.h>
 #include <sys/socket.h>
 #include <utility>
@@ -33,24 +31,6 @@ Channel::State state_after(const Error& error) noexcept {
 }
 
 }  // namespace
-
-// ---- Limit ----
-
-Limit Limit::after(Milliseconds wait) noexcept {
-  Limit limit;
-  const auto now = Clock::now();
-  const auto left = std::chrono::duration_cast<Milliseconds>(Clock::time_point::max() - now);
-  if (wait < left) limit.end_ = now + wait;
-  return limit;
-}
-
-int Limit::poll_ms() const noexcept {
-  if (!is_set()) return -1;
-  const auto left = std::chrono::ceil<Milliseconds>(end_ - Clock::now()).count();
-  return static_cast<int>(std::clamp<std::int64_t>(left, 0, std::numeric_limits<int>::max()));
-}
-
-// ---- Channel ----
 
 Result<std::unique_ptr<Channel>> Channel::connect(const std::string& path, std::uint64_t epoch,
                                                   const Limit& limit) {

@@ -5,11 +5,9 @@
 //    taken. The reply counts, and what it grants with it (grants.hpp).
 // 3. A record is a frame, whatever is in it: one that makes no sense does not spoil the next.
 // 4. A program may close our descriptor, and be given its number again: it is not used before it is seen to
-// be
-//    still the socket that it was. When it is not, the channel has ended.
+//    be still the socket that it was. When it is not, the channel has ended.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,8 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "client/limit.hpp"
 #include "client/socket_mark.hpp"
-#include "cowmgr/info.hpp"
 #include "proto/errors.hpp"
 #include "proto/frames.hpp"
 #include "proto/unique_fd.hpp"
@@ -28,29 +26,6 @@ namespace cowmgr::detail {
 using Builder = flatbuffers::FlatBufferBuilder;
 template <class T>
 using Offset = flatbuffers::Offset<T>;
-
-// When an answer must be there.
-class Limit {
- public:
-  using Clock = std::chrono::steady_clock;
-
-  Limit() = default;  // none
-  [[nodiscard]] static Limit after(Milliseconds wait) noexcept;
-  [[nodiscard]] static Limit now() noexcept { return after(Milliseconds(0)); }
-
-  [[nodiscard]] bool is_set() const noexcept { return end_ != Clock::time_point::max(); }
-  [[nodiscard]] bool is_over() const noexcept { return is_set() && Clock::now() >= end_; }
-  [[nodiscard]] Clock::time_point end() const noexcept { return end_; }
-  // As poll(2) takes it.
-  [[nodiscard]] int poll_ms() const noexcept;
-  // Whichever is over first.
-  [[nodiscard]] Limit or_earlier(const Limit& other) const noexcept {
-    return other.end_ < end_ ? other : *this;
-  }
-
- private:
-  Clock::time_point end_ = Clock::time_point::max();
-};
 
 class Channel {
  public:

@@ -164,7 +164,7 @@ Result<Array> Client::attach(NameRef name, const AttachOptions& options) const {
 
 Result<std::vector<Array>> Client::attach(std::span<const std::string> names,
                                           const AttachOptions& options) const {
-  detail::Patience patience(*connection_, options.wait);
+  auto patience = connection_->patience(options.wait);
   for (;;) {
     patience.next();
     auto impls = connection_->call<wire::Arrays>(
@@ -396,7 +396,7 @@ namespace {
 template <class Build>
 Result<std::shared_ptr<detail::ResultSetImpl>> open_set(const std::shared_ptr<detail::Connection>& connection,
                                                         Milliseconds wait, const Build& build) {
-  detail::Patience patience(*connection, wait);
+  auto patience = connection->patience(wait);
   for (;;) {
     patience.next();
     auto set = connection->call<wire::Results>(

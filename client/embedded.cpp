@@ -21,6 +21,7 @@
 
 #include "client/child_process.hpp"
 #include "client/fork_guard.hpp"
+#include "proto/errors.hpp"
 #include "proto/unique_fd.hpp"
 
 namespace cowmgr {

@@ -40,4 +40,7 @@ struct Grants {
   [[nodiscard]] bool finish_next(Channel& channel);
 };
 
+// What is to go back, one after the other, on one channel.
+using Unkept = std::vector<Grants>;
+
 }  // namespace cowmgr::detail

@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "client/connection.hpp"
+#include "client/mappings.hpp"
 #include "cowmgr/array.hpp"
 #include "cowmgr/results.hpp"
+#include "proto/result_segment.hpp"
 #include "proto/segment.hpp"
 
 namespace cowmgr::detail {
@@ -20,23 +22,6 @@ namespace cowmgr::detail {
 [[nodiscard]] DaemonInfo info_of(const wire::Pong& table);
 [[nodiscard]] std::vector<std::string> strings_of(
     const flatbuffers::Vector<Offset<flatbuffers::String>>* texts);
-
-// The data of a mapped segment: that of an array, or of the array that a dense set becomes.
-template <class Info>
-[[nodiscard]] std::span<std::byte> data_of(const Mapping& mapping, const Info& info) noexcept {
-  return {mapping.data() + info.data_offset, info.data_bytes};
-}
-
-// Where the data ends in the segment.
-template <class Info>
-[[nodiscard]] std::uint64_t data_end(const Info& info) noexcept {
-  return info.data_offset + info.data_bytes;
-}
-
-// Maps a whole segment of `segment_bytes`, as the daemon says, whose data end at `data_end`. Errors:
-// protocol_error when it cannot have them; as Mapping::map().
-[[nodiscard]] Result<Mapping> map_segment(int fd, std::uint64_t segment_bytes, std::uint64_t data_end,
-                                          Access access);
 
 // The handles below are made while the reply that grants what they hold is in hand: they answer for it from
 // hold() on, which cannot fail, once that was kept.
@@ -139,7 +124,7 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
     std::uint64_t settled = UINT64_MAX;  // answered when more slots are settled
     std::uint32_t pace_ms = 0;           // no answer before, unless the set has ended
   };
-  [[nodiscard]] Patience patience(Milliseconds wait) const { return {*connection_, wait}; }
+  [[nodiscard]] Patience patience(Milliseconds wait) const { return connection_->patience(wait); }
   // The set now.
   [[nodiscard]] Result<ResultsInfo> ask() const;
   // The set when it is as `wait` says, or as much later as one request of `patience` may be answered.
@@ -212,6 +197,7 @@ class SlotImpl {
   [[nodiscard]] Result<void> check_usable() const;
   [[nodiscard]] Result<void> set_value(std::span<const std::byte> value);
   [[nodiscard]] const std::vector<std::byte>& value() const noexcept { return value_; }
+  [[nodiscard]] bool has_array() const noexcept { return allocation_.has_value(); }
 
  private:
   friend class ResultSetImpl;

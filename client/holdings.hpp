@@ -1,7 +1,11 @@
 // What the daemon counts as this process's, for the case that another daemon takes its place: that one is
 // told all of it (README.md of proto/, "Sessions"), and takes back what this process never heard of.
 //
-// Not synchronised: the connection's mutex guards it.
+// 1. A view is counted as often as it was kept, less as often as it was forgotten; one that is not held is
+//    forgotten without effect.
+// 2. keep() keeps all that was granted, or nothing.
+//
+// Not synchronised: pool_mutex() guards it.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +18,7 @@
 #include <utility>
 
 #include "client/channel.hpp"
+#include "client/grants.hpp"
 #include "cowmgr/client.hpp"
 
 namespace cowmgr::detail {
@@ -34,15 +39,28 @@ struct WritingRequest {
 };
 [[nodiscard]] Offset<wire::MakeArray> pack(Builder& builder, const WritingRequest& request);
 
-struct Holdings {
-  std::unordered_map<std::uint64_t, std::uint32_t> views;  // how many, by array
-  std::map<std::uint64_t, WritingRequest> writing;
-  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint32_t> slots;  // attempt; by set and slot
+class Holdings {
+ public:
+  // What was granted is held from now on, and no longer granted; an array to be written was asked for with
+  // `writing`. Throws bad_alloc.
+  void keep(Grants& granted, const WritingRequest* writing);
+  void forget_view(std::uint64_t id) noexcept;
+  void forget_writing(std::uint64_t id) noexcept;
+  void forget_slot(std::uint64_t set, std::uint64_t slot) noexcept;
+  // How many arrays in writing, and slots, were forgotten so far: a daemon that was told of them is told
+  // again.
+  [[nodiscard]] std::uint64_t ends() const noexcept { return ends_; }
 
   // Calls `send` with the tables of the requests that say all this, each small enough for a frame. Each is
   // made with a builder from `builder`. Stops at the first error, which it returns.
   [[nodiscard]] Result<void> tell(const std::function<Builder&()>& builder,
                                   const std::function<Result<void>(Offset<wire::Hold>)>& send) const;
+
+ private:
+  std::unordered_map<std::uint64_t, std::uint32_t> views_;  // how many, by array
+  std::map<std::uint64_t, WritingRequest> writing_;
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint32_t> slots_;  // attempt; by set and slot
+  std::uint64_t ends_ = 0;
 };
 
 }  // namespace cowmgr::detail

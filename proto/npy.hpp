@@ -1,4 +1,4 @@
-// What an array is (type, shape, order), and the .npy header that says so.
+// The .npy header that says what an array is (cowmgr/array_spec.hpp).
 // Source: NumPy, "The .npy format" (numpy/doc, NEP 1): magic, version, header length, a Python dict.
 #pragma once
 
@@ -6,35 +6,12 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <vector>
 
+#include "cowmgr/array_spec.hpp"  // IWYU pragma: export
 #include "proto/dtype.hpp"
 #include "proto/errors.hpp"
 
 namespace cowmgr {
-
-inline constexpr std::size_t kMaxDimensions = 32;  // NumPy 1's limit
-
-enum class Order : std::uint8_t { c, fortran };
-
-// The length of each axis; empty for a single value (0 dimensions).
-using Shape = std::vector<std::uint64_t>;
-
-// What the bytes of an array mean.
-struct ArraySpec {
-  Dtype dtype;
-  Shape shape;
-  Order order = Order::c;
-
-  friend bool operator==(const ArraySpec&, const ArraySpec&) = default;
-};
-
-// Number of bytes of data that `spec` describes. Errors: invalid_shape when it has over 32 dimensions, or
-// when the count passes 2^48 (what a process can map), empty axes notwithstanding.
-[[nodiscard]] Result<std::uint64_t> data_bytes(const ArraySpec& spec);
-
-// "(60000, 784)", "(3,)", "()": as Python writes a tuple.
-[[nodiscard]] std::string to_string(const Shape& shape);
 
 // A whole .npy header of exactly `padded_bytes`, after which the data follows. Errors: invalid_dtype when
 // the type's text does not fit.

@@ -10,6 +10,7 @@
 
 #include "client/cowctl/commands.hpp"
 #include "client/cowctl/json.hpp"
+#include "proto/errors.hpp"
 #include "proto/standard_streams.hpp"
 
 namespace cowmgr::cli {

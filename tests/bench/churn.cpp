@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "cowmgr/client.hpp"
+#include "proto/errors.hpp"
 
 namespace cowmgr::bench {
 namespace {

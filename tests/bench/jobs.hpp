@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cowmgr/cowmgr.hpp"
+#include "cowmgr/pool.hpp"
 #include "tests/bench/bench.hpp"
 #include "tests/bench/gang.hpp"
 #include "tests/bench/report.hpp"

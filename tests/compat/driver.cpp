@@ -3,6 +3,7 @@
 // driver, with COWMGR_SOCKET.
 #include <algorithm>
 #include <cowmgr/cowmgr.hpp>
+#include <cowmgr/pool.hpp>
 #include <cstdint>
 #include <cstring>
 #include <iostream>

@@ -10,6 +10,7 @@
 
 #include <gtest/gtest.h>
 
+#include "cowmgr/pool.hpp"
 #include "tests/support/child.hpp"
 #include "tests/support/daemon_fixture.hpp"
 #include "tests/support/scarce.hpp"

@@ -18,6 +18,7 @@
 
 #include <gtest/gtest.h>
 
+#include "cowmgr/pool.hpp"
 #include "tests/support/child.hpp"
 #include "tests/support/daemon_fixture.hpp"
 #include "tests/support/raw_peer.hpp"

@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 
-# Where the headers of other projects that ours include come from. find_package(cowmgr) must look for each.
+# Where the headers of other projects that ours include come from. find_package(cowmgr) must look for each; for those of the
+# pool only where its component is asked for.
+POOL_HEADERS = {"pool.hpp", "pool_task.hpp"}
 PACKAGES = {"boost": "Boost", "cereal": "cereal", "tl": "tl-expected"}
-OUR_OWN = {"cowmgr", "proto", "sys"}
+OUR_OWN = {"cowmgr", "sys"}
 # Nobody needs these who wants the library alone.
-NOT_FOR_THE_LIBRARY = ("benchmark", "CLI11", "GTest", "nlohmann_json", "PkgConfig", "spdlog")
+NOT_FOR_THE_LIBRARY = ("benchmark", "cereal", "CLI11", "GTest", "nlohmann_json", "PkgConfig", "spdlog")
 
 build = pathlib.Path(sys.argv[1])
 project = pathlib.Path(sys.argv[2])
@@ -53,14 +55,20 @@ def consume(binary, *definitions):
     """The consumer asks for no C++ standard: the library's target must."""
     run(*configure(binary, *definitions))
     run("cmake", "--build", binary)
-    said = run(binary / "consumer", env=dict(os.environ, COWMGR_DAEMON=str(build / "bin" / "cowmgr")))
-    check(said.strip() == "3", f"the consumer said {said!r}, not 3")
+    check_said(binary / "consumer", "3")
 
 
-def included_packages():
-    """The projects whose headers an installed header includes."""
+def check_said(program, expected):
+    said = run(program, env=dict(os.environ, COWMGR_DAEMON=str(build / "bin" / "cowmgr")))
+    check(said.strip() == expected, f"{program.name} said {said!r}, not {expected}")
+
+
+def included_packages(of_pool):
+    """The projects whose headers the installed headers include: those of the pool, or the others."""
     folders = set()
     for header in (prefix / "include").rglob("*.hpp"):
+        if (header.name in POOL_HEADERS) != of_pool:
+            continue
         folders |= set(re.findall(r'^#include [<"]([\w-]+)/', header.read_text(), re.MULTILINE))
     unknown = folders - OUR_OWN - PACKAGES.keys()
     check(not unknown, f"an installed header includes <{unknown}/...>: say here and in cowmgr-config.cmake.in whose it is")
@@ -71,16 +79,31 @@ def test_installed():
     run("cmake", "--install", build, "--prefix", prefix)
     for program in ("cowmgr", "cowctl"):
         run(prefix / "bin" / program, "--version")
-    consume(scratch / "installed", f"-DCMAKE_PREFIX_PATH={prefix}")
+    consume(scratch / "installed", f"-DCMAKE_PREFIX_PATH={prefix}", *map(disabled, sorted(included_packages(of_pool=True))))
+
+
+def test_installed_pool():
+    binary = scratch / "installed_pool"
+    consume(binary, f"-DCMAKE_PREFIX_PATH={prefix}", "-DUSES_POOL=ON")
+    check_said(binary / "pool_consumer", "42")
+
+
+def test_headers_stand_alone():
+    """Each installed header compiles by itself, with nothing of the source tree in reach."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    for header in sorted((prefix / "include").rglob("*.hpp")):
+        run(compiler, "-std=c++20", "-fsyntax-only", "-I", prefix / "include", "-x", "c++", header)
 
 
 def test_installed_names_what_is_missing():
-    for package in sorted(included_packages()):
-        binary = scratch / "incomplete"
-        shutil.rmtree(binary, ignore_errors=True)
-        done = attempt(*configure(binary, f"-DCMAKE_PREFIX_PATH={prefix}", disabled(package)))
-        check(done.returncode != 0 and package in done.stdout,
-              f"find_package(cowmgr) does not look for {package}:\n{done.stdout}")
+    check(included_packages(of_pool=False) == {"tl-expected"}, f"public headers need {included_packages(of_pool=False)}")
+    for of_pool, options in ((False, ()), (True, ("-DUSES_POOL=ON",))):
+        for package in sorted(included_packages(of_pool)):
+            binary = scratch / "incomplete"
+            shutil.rmtree(binary, ignore_errors=True)
+            done = attempt(*configure(binary, f"-DCMAKE_PREFIX_PATH={prefix}", disabled(package), *options))
+            check(done.returncode != 0 and package in done.stdout,
+                  f"find_package(cowmgr) does not look for {package}:\n{done.stdout}")
 
 
 def test_directory_of_a_project():
@@ -92,5 +115,7 @@ def test_directory_of_a_project():
 
 shutil.rmtree(scratch, ignore_errors=True)
 test_installed()
+test_installed_pool()
+test_headers_stand_alone()
 test_installed_names_what_is_missing()
 test_directory_of_a_project()

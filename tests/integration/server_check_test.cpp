@@ -7,6 +7,7 @@
 
 #include <gtest/gtest.h>
 
+#include "cowmgr/pool.hpp"
 #include "proto/fd_socket.hpp"
 #include "tests/support/child.hpp"
 #include "tests/support/daemon_fixture.hpp"

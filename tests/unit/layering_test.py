@@ -12,13 +12,33 @@ from pathlib import Path
 # circles, and what lies below.
 DAEMON_LAYERS = ["shm", "store", "config", "core", "requests", "peers", "main"]
 
+# The same of the files that lie in client/ itself; a name stands for name.hpp and name.cpp alone.
+LIBRARY_LAYERS = [
+    ["child_process", "fork_guard", "limit", "server_check", "socket_mark"],
+    ["channel", "mappings", "own_thread"],
+    ["grants", "greeter", "releases", "turns", "watched_socket"],
+    ["channel_pool", "holdings", "patience"],
+    ["resumption"],
+    ["connection"],
+    ["handles"],
+    ["array", "client", "embedded", "info", "result_set_impl", "results", "slot", "work"],
+]
+
 # What each part may include of this project. The longest matching folder counts; tests/ may include everything.
 PARTS = {
-    "proto/": ("proto/",),
+    "proto/": ("proto/", "cowmgr/"),
     "daemon/": ("proto/", "daemon/"),
     "client/": ("proto/", "client/", "cowmgr/"),
-    "client/include/cowmgr/": ("proto/", "cowmgr/"),
 }
+# Public headers. Those in client/ are the client's own: proto/ and daemon/ do not include them.
+PUBLIC_FOLDERS = ("proto/include/", "client/include/", "client/pool/include/")
+# What users of the library see: the standard library, tl::expected, and each other. What is named here needs more.
+PUBLIC_INCLUDE = re.compile(r"<[a-z_]+>|<sys/types\.h>|<tl/expected\.hpp>|\"cowmgr/[a-z_]+\.hpp\"")
+PUBLIC_INCLUDE_OF = {
+    "pool_task.hpp": re.compile(r"<cereal/[a-z_/]+\.hpp>|<boost/interprocess/streams/bufferstream\.hpp>"),
+}
+POOL_FOLDER = "client/pool/"
+USES_POOL = (POOL_FOLDER, "client/examples/")  # of the client's files
 NOT_IN_LIBRARIES = ("boost/asio", "spdlog")  # under proto/ and client/
 SHM_FILE = "daemon/shm/shm_env.cpp"
 SHM_CALL_ELSEWHERE = {("proto/lock_file.cpp", "ftruncate")}  # an ordinary file, which holds a process id
@@ -84,6 +104,19 @@ class Tree:
             self.problem(file, line, f'{part} includes only {" and ".join(PARTS[part])} of this project, not "{name}".')
         elif file.startswith("daemon/") and name.startswith("daemon/"):
             self.check_layer(file, line, name)
+        if target and file.startswith(("proto/", "daemon/")) and target.startswith("client/"):
+            self.problem(file, line, f'"{name}" belongs to the client.')
+        if target and target.startswith(POOL_FOLDER) and file.startswith("client/") and not file.startswith(USES_POOL):
+            self.problem(file, line, f'"{name}" belongs to the pool, which lies above the rest of the library.')
+        if target and is_library_file(file) and is_library_file(target) and library_layer(target) > library_layer(file):
+            self.problem(file, line, f'"{name}" is above {Path(file).stem}: includes flow down.')
+        if file.startswith(PUBLIC_FOLDERS):
+            self.check_public_include(file, line, f'"{name}"' if bracket == '"' else f"<{name}>")
+
+    def check_public_include(self, file, line, include):
+        more = PUBLIC_INCLUDE_OF.get(Path(file).name)
+        if not PUBLIC_INCLUDE.fullmatch(include) and not (more and more.fullmatch(include)):
+            self.problem(file, line, f"a public header includes the standard library, tl::expected and cowmgr/, not {include}.")
 
     def check_layer(self, file, line, name):
         below, above = layer_of(file), layer_of(name)
@@ -91,6 +124,8 @@ class Tree:
             self.problem(file, line, f'"{name}" is above daemon/{below}: includes flow down.')
 
     def check_library_file(self, file, code):
+        if is_library_file(file) and library_layer(file) < 0:
+            self.problem(file, 1, "this file has no layer: name it in LIBRARY_LAYERS of tests/unit/layering_test.py.")
         if file in LIBRARY_MUTEX_FILES:
             return
         for match in MUTEX.finditer(code):
@@ -109,7 +144,7 @@ class Tree:
     def resolve(self, file, name):
         """The file of this project that an include means, or None (the system's, or generated)."""
         beside = (self.root / file).parent / name
-        for path in (beside, self.root / name, self.root / "client/include" / name):
+        for path in (beside, self.root / name, *(self.root / folder / name for folder in PUBLIC_FOLDERS)):
             if path.is_file():
                 return path.resolve().relative_to(self.root).as_posix()
         return None
@@ -135,6 +170,15 @@ def layer_of(file):
     """The folder of the daemon that a file lies in, or its own name; None if that has no layer."""
     name = Path(file).relative_to("daemon").with_suffix("").parts[0]
     return name if name in DAEMON_LAYERS else None
+
+
+def is_library_file(file):
+    return Path(file).parent == Path("client")
+
+
+def library_layer(file):
+    """The height of a file in LIBRARY_LAYERS; -1 if it has none."""
+    return next((height for height, names in enumerate(LIBRARY_LAYERS) if Path(file).stem in names), -1)
 
 
 def main():

@@ -14,6 +14,7 @@
 #include <fmt/format.h>
 
 #include "cowmgr/cowmgr.hpp"
+#include "cowmgr/pool.hpp"
 
 namespace cowmgr::chunks {
 namespace {

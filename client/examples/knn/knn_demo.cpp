@@ -28,6 +28,7 @@
 #include "client/examples/knn/report.hpp"
 #include "client/examples/knn/workers.hpp"
 #include "cowmgr/cowmgr.hpp"
+#include "proto/npy.hpp"
 #include "proto/standard_streams.hpp"
 #include "proto/text.hpp"
 

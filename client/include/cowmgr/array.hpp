@@ -8,9 +8,9 @@
 #include <span>
 #include <string>
 
-#include "proto/dtype.hpp"
-#include "proto/errors.hpp"
-#include "proto/npy.hpp"
+#include "cowmgr/array_spec.hpp"
+#include "cowmgr/dtype.hpp"
+#include "cowmgr/errors.hpp"
 
 namespace cowmgr {
 

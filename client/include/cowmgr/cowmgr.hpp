@@ -1,4 +1,4 @@
-// Everything of the client library.
+// Everything of the client library, but for the pool: cowmgr/pool.hpp, of the component cowmgr::pool.
 #pragma once
 
 #include "cowmgr/array.hpp"      // IWYU pragma: export
@@ -6,5 +6,4 @@
 #include "cowmgr/embedded.hpp"   // IWYU pragma: export
 #include "cowmgr/exception.hpp"  // IWYU pragma: export
 #include "cowmgr/info.hpp"       // IWYU pragma: export
-#include "cowmgr/pool.hpp"       // IWYU pragma: export
 #include "cowmgr/results.hpp"    // IWYU pragma: export

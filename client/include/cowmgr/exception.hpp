@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "proto/errors.hpp"
+#include "cowmgr/errors.hpp"
 
 namespace cowmgr {
 

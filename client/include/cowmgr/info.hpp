@@ -9,8 +9,8 @@
 #include <sys/types.h>
 #include <vector>
 
-#include "proto/errors.hpp"
-#include "proto/npy.hpp"
+#include "cowmgr/array_spec.hpp"
+#include "cowmgr/errors.hpp"
 
 namespace cowmgr {
 

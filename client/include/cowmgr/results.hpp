@@ -19,7 +19,7 @@
 
 #include "cowmgr/array.hpp"
 #include "cowmgr/info.hpp"
-#include "proto/result_segment.hpp"
+#include "cowmgr/slots.hpp"
 
 namespace cowmgr {
 
@@ -194,6 +194,7 @@ class ResultSet {
 
  private:
   friend class Client;
+  class Work;
   [[nodiscard]] Result<void> check_index(std::uint64_t index) const;
   explicit ResultSet(std::shared_ptr<detail::ResultSetImpl> impl) noexcept : impl_(std::move(impl)) {}
 

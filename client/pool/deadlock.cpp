@@ -1,4 +1,4 @@
-#include "client/deadlock.hpp"
+#include "client/pool/deadlock.hpp"
 
 #include <filesystem>
 #include <fstream>
@@ -10,6 +10,8 @@
 #include <system_error>
 
 #include <fmt/format.h>
+
+#include "client/own_thread.hpp"
 
 namespace cowmgr::detail {
 namespace {

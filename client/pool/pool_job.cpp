@@ -1,4 +1,4 @@
-#include "client/pool_job.hpp"
+#include "client/pool/pool_job.hpp"
 
 #include <algorithm>
 #include <chrono>
@@ -14,7 +14,7 @@
 #include <fmt/format.h>
 
 #include "client/connection.hpp"
-#include "client/supervisor.hpp"
+#include "client/pool/supervisor.hpp"
 #include "cowmgr/pool.hpp"
 #include "proto/text.hpp"
 

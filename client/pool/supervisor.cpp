@@ -1,4 +1,4 @@
-#include "client/supervisor.hpp"
+#include "client/pool/supervisor.hpp"
 
 #include <algorithm>
 #include <array>
@@ -21,8 +21,8 @@
 #include <boost/interprocess/exceptions.hpp>
 #include <fmt/format.h>
 
-#include "client/deadlock.hpp"
 #include "client/fork_guard.hpp"
+#include "client/pool/deadlock.hpp"
 
 namespace cowmgr::detail {
 namespace {

@@ -10,9 +10,6 @@
 
 namespace cowmgr::detail {
 
-// The name of the library's own threads (prctl(2), PR_SET_NAME).
-inline constexpr const char* kThreadName = "cowmgr-client";
-
 // A number that changes when any of the threads runs; nothing while one may go on by itself, or where /proc
 // does not tell. Twice the same number means that no thread ran in between, and that none ever will.
 //

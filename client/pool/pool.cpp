@@ -9,10 +9,10 @@
 #include <fmt/format.h>
 
 #include "client/connection.hpp"
-#include "client/deadlock.hpp"
 #include "client/fork_guard.hpp"
-#include "client/pool_job.hpp"
-#include "client/supervisor.hpp"
+#include "client/pool/deadlock.hpp"
+#include "client/pool/pool_job.hpp"
+#include "client/pool/supervisor.hpp"
 #include "proto/text.hpp"
 
 namespace cowmgr {
