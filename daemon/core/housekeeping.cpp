@@ -40,8 +40,9 @@ bool Housekeeping::tend() noexcept {
 bool Housekeeping::take_notes() {
   Store& store = core_.store;
   ResultSets& results = core_.results;
-  bool is_any = store.has_notes() || results.has_notes() || core_.waits.has_left();
-  if (!is_any && reclaimed_ == core_.reclaimer.times()) return false;
+  const bool is_any = store.has_notes() || results.has_notes() || core_.waits.has_left() ||
+                      reclaimed_ != core_.reclaimer.times() || (core_.fd_store.has_changes() && !is_telling_);
+  if (!is_any) return false;
   note_served_and_dropped();
   results.finish_settled(Core::now());
   if (!results.unsealed().empty()) start_retrying_seals();

@@ -13,7 +13,7 @@ void Store::adopt(Segment segment, const SegmentFile& file, bool is_tampered, Ti
   const TrailerInfo& trailer = file.trailer;
   Versions& versions = names_[trailer.name];
   versions.all.insert(trailer.id);
-  versions.last = std::max(versions.last, trailer.version);
+  versions.numbers.insert(trailer.version);
   Room room = take_over_room(trailer.owner_uid, segment.size_bytes);
   const auto [at, is_new] =
       records_.emplace(trailer.id, ArrayRecord{.id = trailer.id,
@@ -98,7 +98,7 @@ Result<const ArrayRecord*> Store::claim(SessionId session, ArrayId id, const Cre
   if (auto ok = env_.open_writer(kept.segment); !ok) return error_of(std::move(ok));
   const uid_t owner = owner_of(session, request).uid;
   auto charge = is_own ? Result<Charge>(charges_.array_there_is(owner, kept.segment.size_bytes))
-                         : charges_.array(owner, kept.segment.size_bytes);
+                       : charges_.array(owner, kept.segment.size_bytes);
   if (!charge) return error_of(std::move(charge));
   ArrayRecord& record =
       add_record(session, id, request, *header, {*std::move(charge), std::move(kept.memory)}, now);

@@ -125,7 +125,8 @@ Ownership Store::owner_of(SessionId session, const CreateRequest& request) const
 ArrayRecord& Store::add_record(SessionId session, ArrayId id, const CreateRequest& request,
                                std::uint32_t header_bytes, Room room, Time now) {
   Versions& versions = names_[request.name];
-  const std::uint64_t version = ++versions.last;
+  const std::uint64_t version = versions.numbers.empty() ? 1 : *versions.numbers.rbegin() + 1;
+  versions.numbers.insert(version);
   versions.all.insert(id);
   versions.writing.insert(id);
   const auto [at, is_new] = records_.emplace(id, ArrayRecord{.id = id,
@@ -448,6 +449,7 @@ void Store::drop(ArrayId id) {
   const auto versions = names_.find(record.name);
   versions->second.all.erase(id);
   versions->second.writing.erase(id);
+  versions->second.numbers.erase(versions->second.numbers.find(record.version));
   if (versions->second.all.empty()) names_.erase(versions);
   if (record.writer != 0) end_writing(record.writer, record);
   changed_names_.push_back(record.name);

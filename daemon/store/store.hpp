@@ -224,8 +224,9 @@ class Store {
   [[nodiscard]] bool has_awaited() const;
   // Keeps an array that was being written until it is claimed, or dropped with its writer.
   void keep_unclaimed(ArrayId id, Segment segment, const SegmentFile& file);
-  // Its writer came back: it goes on as what `request` says. The daemon itself may claim every array, and is charged
-  // for it whatever the limits. Errors: not_found unless `session` was its writer; as reserve(); os_failure.
+  // Its writer came back: it goes on as what `request` says. The daemon itself may claim every array, and is
+  // charged for it whatever the limits. Errors: not_found unless `session` was its writer; as reserve();
+  // os_failure.
   [[nodiscard]] Result<const ArrayRecord*> claim(SessionId session, ArrayId id, const CreateRequest& request,
                                                  Time now);
   // Whether the session was that array's writer, and may come back to it.
@@ -365,10 +366,10 @@ class Store {
     uid_t owner = 0;  // says the segment, which whoever wrote it may have forged
   };
   struct Versions {
-    ArrayId current = 0;        // 0: none is sealed
-    std::uint64_t last = 0;     // the highest version that there was while there was one
-    std::set<ArrayId> all;      // being written, sealed, and draining; never empty
-    std::set<ArrayId> writing;  // of these
+    ArrayId current = 0;                   // 0: none is sealed
+    std::set<ArrayId> all;                 // being written, sealed, and draining; never empty
+    std::set<ArrayId> writing;             // of these
+    std::multiset<std::uint64_t> numbers;  // of all
   };
 
   [[nodiscard]] const Holdings& holdings(SessionId session) const;

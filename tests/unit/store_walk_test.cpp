@@ -51,9 +51,8 @@ struct PlainStore {
   std::uint64_t last_id = 0;
   std::map<ArrayId, PlainArray> arrays{};
   std::map<ArrayId, std::uint64_t> orphans{};
-  std::map<std::string, std::uint64_t> versions{};  // the last of each name
-  std::uint64_t reclaiming_pages = 0;               // the orphans' too, and what outsiders keep
-  std::uint64_t outside_pages = 0;                  // of them
+  std::uint64_t reclaiming_pages = 0;  // the orphans' too, and what outsiders keep
+  std::uint64_t outside_pages = 0;     // of them
 
   [[nodiscard]] ArrayId current(const std::string& name) const {
     for (const auto& [id, array] : arrays) {
@@ -108,11 +107,11 @@ struct PlainStore {
     if (held_pages() - evictable + taken_pages > capacity_pages) return Errc::out_of_memory;
     while (held_pages() + taken_pages > capacity_pages) drain(oldest(is_evictable));
     if (held_pages() + reclaiming_pages + wish.pages > capacity_pages) return Errc::out_of_memory;
-    // Higher than any that there was since somebody had the name.
-    const auto has_name = [&](const auto& entry) { return entry.second.name == wish.name; };
-    if (std::ranges::none_of(arrays, has_name)) versions[wish.name] = 0;
+    std::uint64_t version = 0;
+    for (const auto& [id, array] : arrays)
+      version = array.name == wish.name ? std::max(version, array.version) : version;
     PlainArray& made = arrays[++last_id] = wish;
-    made.version = ++versions[wish.name];
+    made.version = version + 1;
     return std::nullopt;
   }
 
