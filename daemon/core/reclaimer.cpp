@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <span>
 #include <utility>
 
 #include <boost/asio/as_tuple.hpp>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
+#include <boost/asio/post.hpp>
 #include <spdlog/spdlog.h>
 
 #include "proto/text.hpp"
@@ -67,6 +69,7 @@ asio::awaitable<Reclaimer::Pieces> Reclaimer::try_remove(Pieces pieces) {
       for (Piece& piece : lot) piece.is_free = env_.try_remove(piece.garbage.segment);
       return true;
     };
+    if (!tried.empty()) co_await asio::post(io_, asio::use_awaitable);  // it is the others' turn
     co_await background_.run_sized(size_bytes, user, std::move(work));
     std::ranges::move(lot, std::back_inserter(tried));
   }
