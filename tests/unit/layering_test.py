@@ -31,7 +31,7 @@ DAEMON_LAYERS = [
 
 # The same of the files that lie in client/ itself; a name stands for name.hpp and name.cpp alone.
 LIBRARY_LAYERS = [
-    ["fork_guard", "limit", "server_check", "socket_mark"],
+    ["client_access", "fork_guard", "limit", "server_check", "socket_mark"],
     ["channel", "mappings", "own_thread"],
     ["grants", "greeter", "releases", "turns", "watched_socket"],
     ["channel_pool", "holdings", "patience"],
