@@ -8,6 +8,7 @@
 
 #include <fmt/format.h>
 
+#include "client/client_access.hpp"
 #include "client/connection.hpp"
 #include "client/handles.hpp"
 #include "proto/glob.hpp"
@@ -112,6 +113,18 @@ Result<void> all_pages(detail::Connection& connection, const Build& build, const
 }
 
 }  // namespace
+
+namespace detail {
+
+const std::string& ClientAccess::daemon_user(const Client& client) noexcept {
+  return client.connection_->daemon_user();
+}
+
+bool ClientAccess::was_robbed(const Client& client) noexcept {
+  return client.connection_->was_robbed();
+}
+
+}  // namespace detail
 
 Result<Client> Client::connect(const ConnectOptions& options) {
   auto connection = detail::Connection::open(

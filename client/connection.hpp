@@ -42,7 +42,7 @@
 #include "client/releases.hpp"
 #include "client/resumption.hpp"
 #include "client/turns.hpp"
-#include "cowmgr/client.hpp"
+#include "cowmgr/info.hpp"
 #include "proto/errors.hpp"
 #include "proto/frames.hpp"
 #include "proto/requests.hpp"
@@ -260,12 +260,5 @@ void Connection::notify(const Build& build) noexcept {
   } catch (const std::bad_alloc&) {  // what was to be told goes with the session
   }
 }
-
-// The connection behind a client, for the rest of the library.
-struct ClientAccess {
-  [[nodiscard]] static const Connection& connection(const Client& client) noexcept {
-    return *client.connection_;
-  }
-};
 
 }  // namespace cowmgr::detail

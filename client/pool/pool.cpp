@@ -8,8 +8,9 @@
 
 #include <fmt/format.h>
 
-#include "client/connection.hpp"
+#include "client/client_access.hpp"
 #include "client/fork_guard.hpp"
+#include "client/limit.hpp"
 #include "client/pool/deadlock.hpp"
 #include "client/pool/pool_job.hpp"
 #include "client/pool/supervisor.hpp"
@@ -307,7 +308,7 @@ Result<Array> DenseJob::get(Milliseconds wait, const ResultSet::OnProgress& prog
 Result<Pool> Pool::start(const Client& client, const PoolOptions& options) {
   const std::uint32_t count = options.workers > 0 ? options.workers : detail::default_workers();
   const std::string queue = detail::random_name();
-  const std::string& daemon_user = detail::ClientAccess::connection(client).daemon_user();
+  const std::string& daemon_user = detail::ClientAccess::daemon_user(client);
   detail::WorkerPlan plan{.body =
                               [&](const auto& say_robbed) {
                                 detail::work_for_pool(client.socket(), daemon_user, queue, {}, say_robbed);

@@ -13,7 +13,7 @@
 
 #include <fmt/format.h>
 
-#include "client/connection.hpp"
+#include "client/client_access.hpp"
 #include "client/pool/supervisor.hpp"
 #include "cowmgr/pool.hpp"
 #include "proto/text.hpp"
@@ -210,7 +210,7 @@ void work_for_pool(const std::string& socket, const std::string& daemon_user, co
             return job->run(slot);
           }();
           // Such a task took more from this process than can be known: another worker begins afresh.
-          if (ClientAccess::connection(*client).was_robbed()) {
+          if (ClientAccess::was_robbed(*client)) {
             say_robbed();
             ::_exit(kRobbed);
           }

@@ -14,7 +14,7 @@ DAEMON_LAYERS = ["shm", "store", "config", "core", "requests", "peers", "main"]
 
 # The same of the files that lie in client/ itself; a name stands for name.hpp and name.cpp alone.
 LIBRARY_LAYERS = [
-    ["child_process", "fork_guard", "limit", "server_check", "socket_mark"],
+    ["child_process", "client_access", "fork_guard", "limit", "server_check", "socket_mark"],
     ["channel", "mappings", "own_thread"],
     ["grants", "greeter", "releases", "turns", "watched_socket"],
     ["channel_pool", "holdings", "patience"],
