@@ -103,7 +103,7 @@ Result<void> take_over(const ShmEnv& env, Core& core, Housekeeping& housekeeping
 }
 
 // Decides on the capacity where none was asked for, and tells of one that there is no memory for.
-Result<void> settle_capacity(Config& config, const ShmEnv& env, const MemoryGroups& groups) {
+Result<void> choose_capacity(Config& config, const ShmEnv& env, const MemoryGroups& groups) {
   const std::uint64_t total_bytes = env.space().total_bytes;
   const auto lowest = groups.lowest_limit();
   if (config.capacity_bytes == 0)
@@ -141,7 +141,7 @@ Result<void> serve_until_stopped(Config& config) {
         "the kernel gives no leases here: that sealed arrays are immutable is not proven (protection: "
         "advisory)");
   }
-  if (auto ok = settle_capacity(config, env, groups); !ok) return ok;
+  if (auto ok = choose_capacity(config, env, groups); !ok) return ok;
   auto listener = take_socket(config);
   if (!listener) return error_of(std::move(listener));
   // One thread uses the sockets; the pool's threads only post what they have done.

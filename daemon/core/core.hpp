@@ -27,6 +27,7 @@ class Session;
 
 struct Core {
   Core(asio::io_context& io, const Config& config, const ShmEnv& env);
+  ~Core() = default;
   Core(const Core&) = delete;
   Core& operator=(const Core&) = delete;
 

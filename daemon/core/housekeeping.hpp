@@ -21,6 +21,7 @@ namespace cowmgr {
 class Housekeeping {
  public:
   explicit Housekeeping(Core& core);
+  ~Housekeeping() = default;
   Housekeeping(const Housekeeping&) = delete;
   Housekeeping& operator=(const Housekeeping&) = delete;
 

@@ -22,6 +22,7 @@ namespace cowmgr {
 class Reclaimer {
  public:
   Reclaimer(asio::io_context& io, const ShmEnv& env, Store& store, Background& background, WaitList& waits);
+  ~Reclaimer() = default;
   Reclaimer(const Reclaimer&) = delete;
   Reclaimer& operator=(const Reclaimer&) = delete;
 

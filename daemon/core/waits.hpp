@@ -60,7 +60,7 @@ class WaitList {
    private:
     friend class WaitList;
     struct Waiter {
-      asio::steady_timer* timer;
+      asio::steady_timer* timer = nullptr;
       bool is_first = false;  // woken as one of the first
     };
     using Row = std::multimap<Rank, Waiter>;

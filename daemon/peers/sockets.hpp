@@ -16,6 +16,7 @@ namespace cowmgr {
 class Sockets {
  public:
   explicit Sockets(boost::asio::io_context& io) : io_(io) {}
+  ~Sockets() = default;
   Sockets(const Sockets&) = delete;
   Sockets& operator=(const Sockets&) = delete;
 

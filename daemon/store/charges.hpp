@@ -53,6 +53,7 @@ class Charges {
   };
 
   explicit Charges(const QuotaLimits& limits) : limits_(limits) {}
+  ~Charges() = default;
   Charges(const Charges&) = delete;
   Charges& operator=(const Charges&) = delete;
 

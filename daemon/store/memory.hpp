@@ -60,6 +60,7 @@ class Memory {
   };
 
   explicit Memory(std::uint64_t capacity_bytes) noexcept : capacity_bytes_(capacity_bytes) {}
+  ~Memory() = default;
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
