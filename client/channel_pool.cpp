@@ -73,7 +73,10 @@ Result<Greeter::Opened> ChannelPool::open_another(std::unique_lock<std::mutex>& 
   change_.notify_all();
   if (epoch != epoch_) return opened;
   if (opened) {
-    if (hello.session == 0) session_ = opened->session;
+    if (hello.session == 0) {  // the first of a child
+      session_ = opened->session;
+      watched_.watch(*opened->channel);
+    }
     return opened;
   }
   --open_channels_;

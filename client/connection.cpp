@@ -210,9 +210,9 @@ void Connection::remove_writing(std::uint64_t id) noexcept {
   resumption_.holdings().forget_writing(id);
 }
 
-void Connection::remove_slot(std::uint64_t set, std::uint64_t slot) noexcept {
+void Connection::remove_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept {
   const std::lock_guard lock(pool_mutex());
-  resumption_.holdings().forget_slot(set, slot);
+  resumption_.holdings().forget_slot(set, slot, attempt);
 }
 
 bool Connection::was_robbed() const noexcept {
@@ -273,8 +273,8 @@ void Connection::settle_late(std::unique_lock<std::mutex>& lock) {
 }
 
 void Connection::settle(ChannelPool::Late late) noexcept {
-  const auto reply = late.channel->receive(Limit::now());
   try {
+    const auto reply = late.channel->receive(Limit::now());
     if (reply) late.unkept.push_back(Grants::of_late(late.channel->request(), **reply));
   } catch (const std::bad_alloc&) {  // it goes with the session
   }

@@ -150,7 +150,7 @@ class Connection {
   void release_view(std::uint64_t id) noexcept;
   // This process does not write the array `id` any more, or has not leased the slot.
   void remove_writing(std::uint64_t id) noexcept;
-  void remove_slot(std::uint64_t set, std::uint64_t slot) noexcept;
+  void remove_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept;
   // This process has something now that it must come back to in time when the daemon goes away.
   void watch_daemon() noexcept;
   [[nodiscard]] SharedMappings& mappings() noexcept { return mappings_; }

@@ -111,7 +111,7 @@ struct EmbeddedDaemon::Impl {
       (void)lifeline.release();  // closed at the fork: the daemon is the parent's
       return;
     }
-    if (is_kept) {
+    if (is_kept && pid >= 0) {
       detail::forget_fd(lifeline.get());
       return;
     }

@@ -103,6 +103,12 @@ class WriterImpl {
 class SlotImpl;
 using Slots = std::vector<std::unique_ptr<SlotImpl>>;
 
+// Whether a refusal means that the slot is not this session's any more.
+[[nodiscard]] constexpr bool is_lost(Errc code) noexcept {
+  return code == Errc::not_holder || code == Errc::already_committed || code == Errc::slot_failed ||
+         code == Errc::not_found;
+}
+
 // A result set, its own segment, and of a dense one the writable mapping that all slots of this process
 // share.
 class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
@@ -156,7 +162,7 @@ class ResultSetImpl : public std::enable_shared_from_this<ResultSetImpl> {
   [[nodiscard]] Result<void> fail(SlotImpl& slot, std::string_view message, Retry retry);
   void give_back(SlotImpl& slot) noexcept;
   // The slot is not leased to this process any more.
-  void forget(std::uint64_t slot) const noexcept;
+  void forget(std::uint64_t slot, std::uint32_t attempt) const noexcept;
   [[nodiscard]] Result<void> allocate(SlotImpl& slot, const ArraySpec& spec);
 
  private:

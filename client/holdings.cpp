@@ -33,7 +33,8 @@ void Holdings::keep(Grants& granted, const WritingRequest* writing) {
       slots_.insert_or_assign({granted.set, granted.slots[i]}, granted.attempts[i]);
   } catch (const std::bad_alloc&) {
     for (std::size_t i = 0; i < counted; ++i) forget_view(granted.views[i]);
-    for (const std::uint64_t slot : granted.slots) slots_.erase({granted.set, slot});
+    for (std::size_t i = 0; i < granted.slots.size(); ++i)
+      drop_slot(granted.set, granted.slots[i], granted.attempts[i]);
     throw;
   }
   writing_.merge(added);
@@ -49,9 +50,14 @@ void Holdings::forget_writing(std::uint64_t id) noexcept {
   ++ends_;
 }
 
-void Holdings::forget_slot(std::uint64_t set, std::uint64_t slot) noexcept {
-  slots_.erase({set, slot});
+void Holdings::forget_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept {
+  drop_slot(set, slot, attempt);
   ++ends_;
+}
+
+// This process may have leased the slot once more since.
+void Holdings::drop_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept {
+  if (const auto at = slots_.find({set, slot}); at != slots_.end() && at->second == attempt) slots_.erase(at);
 }
 
 namespace {

@@ -46,7 +46,7 @@ class Holdings {
   void keep(Grants& granted, const WritingRequest* writing);
   void forget_view(std::uint64_t id) noexcept;
   void forget_writing(std::uint64_t id) noexcept;
-  void forget_slot(std::uint64_t set, std::uint64_t slot) noexcept;
+  void forget_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept;
   // How many arrays in writing, and slots, were forgotten so far: a daemon that was told of them is told
   // again.
   [[nodiscard]] std::uint64_t ends() const noexcept { return ends_; }
@@ -57,6 +57,8 @@ class Holdings {
                                   const std::function<Result<void>(Offset<wire::Hold>)>& send) const;
 
  private:
+  void drop_slot(std::uint64_t set, std::uint64_t slot, std::uint32_t attempt) noexcept;
+
   std::unordered_map<std::uint64_t, std::uint32_t> views_;  // how many, by array
   std::map<std::uint64_t, WritingRequest> writing_;
   std::map<std::pair<std::uint64_t, std::uint64_t>, std::uint32_t> slots_;  // attempt; by set and slot

@@ -157,16 +157,6 @@ std::vector<ResultSetImpl::Committed::Refusal> refusals_of(const wire::Leased& r
   return refused;
 }
 
-// Whether a refusal means that the slot is not this session's any more.
-bool is_lost(Errc code) {
-  return code == Errc::not_holder || code == Errc::already_committed || code == Errc::slot_failed ||
-         code == Errc::not_found;
-}
-
-}  // namespace
-
-namespace {
-
 // What a CommitSlots says of the slots.
 struct CommitTable {
   std::vector<std::uint64_t> slots{};
@@ -253,8 +243,8 @@ Result<void> ResultSetImpl::fail(SlotImpl& slot, std::string_view message, Retry
   return failed;
 }
 
-void ResultSetImpl::forget(std::uint64_t slot) const noexcept {
-  connection_->remove_slot(info_.id, slot);
+void ResultSetImpl::forget(std::uint64_t slot, std::uint32_t attempt) const noexcept {
+  connection_->remove_slot(info_.id, slot, attempt);
 }
 
 void ResultSetImpl::give_back(SlotImpl& slot) noexcept {

@@ -43,6 +43,7 @@ class Resumption::UnderWay {
   UnderWay& operator=(const UnderWay&) = delete;
   ~UnderWay() {
     if (!lock_.owns_lock()) lock_.lock();
+    ++resumption_.searches_;
     resumption_.is_under_way_ = false;
     resumption_.change_.notify_all();
   }
@@ -65,10 +66,13 @@ Result<void> Resumption::begin(Milliseconds wait) {
 
 Result<void> Resumption::resume(std::unique_lock<std::mutex>& lock) {
   if (is_under_way_) {
-    change_.wait(lock, [&] { return !is_under_way_; });
+    const std::uint64_t search = searches_;
+    change_.wait(lock, [&] { return searches_ != search; });
+    if (last_failure_) return tl::unexpected(*last_failure_);
     return {};
   }
   const UnderWay under_way(*this, lock);
+  last_failure_.reset();
   auto old = pool_.end_session(lock);
   const Greeter::Hello hello{
       .session = pool_.session(), .resumes = pool_.session() != 0, .epoch = pool_.epoch()};
@@ -80,6 +84,7 @@ Result<void> Resumption::resume(std::unique_lock<std::mutex>& lock) {
     // A program that had a daemon asks why it has none.
     Error error = std::move(opened).error();
     if (error.code == Errc::no_daemon) error.code = Errc::disconnected;
+    last_failure_ = error;
     return tl::unexpected(std::move(error));
   }
   // What was given up since is not told in any other way.
@@ -174,6 +179,7 @@ void Resumption::start_over_in_child() {
   change_.start_over_in_child();
   holdings_ = {};
   told_ends_ = 0;
+  last_failure_.reset();
   is_under_way_ = false;
 }
 

@@ -1,7 +1,8 @@
 // How a process comes from a daemon that went away to the next one: it finds that one, and says what it
 // holds.
 //
-// 1. One thread at a time looks for the next daemon; the others wait for what comes of it.
+// 1. One thread at a time looks for the next daemon; the others wait for what comes of it, and have failed if
+//    it has: none of them waits for longer than one search.
 // 2. Nothing is said before every call to the old daemon has ended, and what its reply brought is held.
 // 3. A session begins with all that is held at that moment: what was forgotten while it was being said is
 // said
@@ -14,6 +15,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 
 #include "client/channel_pool.hpp"
 #include "client/greeter.hpp"
@@ -70,7 +72,9 @@ class Resumption {
   ChannelPool& pool_;
   Releases& releases_;
   Holdings holdings_;
-  std::uint64_t told_ends_ = 0;  // holdings_.ends() when a daemon was told last
+  std::uint64_t told_ends_ = 0;          // holdings_.ends() when a daemon was told last
+  std::uint64_t searches_ = 0;           // that have ended
+  std::optional<Error> last_failure_{};  // of the last one, if it found none
   bool is_under_way_ = false;
   bool is_closed_ = false;
   Condition change_;

@@ -55,7 +55,7 @@ void SlotImpl::let_go() noexcept {
 void SlotImpl::spend() noexcept {
   is_spent_ = true;
   let_go();
-  set_->forget(index_);
+  set_->forget(index_, attempt_);
 }
 
 Rows SlotImpl::rows() const noexcept {

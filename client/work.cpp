@@ -121,9 +121,10 @@ class ResultSet::Work {
   }
 
   Result<void> end_failed(Slot& slot, const Error& error) const {
+    if (!slot.impl_->check_usable()) return {};      // the task has ended it itself
     if (may_be_tried_again(error, slot)) return {};  // the end of its handle gives it back
     auto failed = slot.fail(error.message, options_.retry);
-    if (!failed && failed.error().code == Errc::not_holder) return {};
+    if (!failed && detail::is_lost(failed.error().code)) return {};  // somebody else has it, or had it
     return failed;
   }
 

@@ -35,6 +35,8 @@ asio::awaitable<void> Lane::wait_for_turn(uid_t user) {
 void Lane::next() noexcept {
   auto at = waiting_.upper_bound(last_);
   if (at == waiting_.end()) at = waiting_.begin();
+  // One that could not be put there, for want of memory, left its place.
+  while (at != waiting_.end() && at->second.empty()) at = waiting_.erase(at);
   if (at == waiting_.end()) {
     ++free_;
     return;

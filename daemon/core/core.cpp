@@ -47,6 +47,13 @@ Time Core::now() {
   return std::chrono::time_point_cast<std::chrono::microseconds>(std::chrono::system_clock::now());
 }
 
+void Core::forget_dropped() {
+  for (const ArrayId array : store.take_dropped()) {
+    results.forget_array(array);
+    fd_store.forget(array);
+  }
+}
+
 asio::awaitable<std::string> Core::writers_in_words(ArrayId id) {
   const ArrayRecord* record = store.find(id);
   if (record == nullptr) co_return "nobody";

@@ -39,6 +39,8 @@ struct Core {
   // Through a descriptor of its own, or in words why there is none: the segment may go while /proc is read.
   [[nodiscard]] asio::awaitable<std::string> writers_in_words(uid_t owner, Result<Segment> copy);
 
+  // What depends on arrays that are gone goes, too: result sets, what the service manager keeps.
+  void forget_dropped();
   // What sessions hold stays for the next daemon, as after a crash.
   [[nodiscard]] bool keeps_sessions() const noexcept { return is_stopping && !purges; }
 

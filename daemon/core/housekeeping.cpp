@@ -1,7 +1,7 @@
 #include "daemon/core/housekeeping.hpp"
 
 #include <algorithm>
-#include <exception>
+#include <new>
 #include <unistd.h>
 #include <utility>
 
@@ -30,8 +30,8 @@ Housekeeping::Housekeeping(Core& core) : core_(core), grace_end_(core.io), lease
 bool Housekeeping::tend() noexcept {
   try {
     return take_notes();
-  } catch (const std::exception& error) {
-    // For want of memory alone. What was noted waits for the next change of its kind.
+  } catch (const std::bad_alloc& error) {
+    // What was noted waits for the next change of its kind.
     spdlog::error("what a request brought about is not seen to: {}", error.what());
     return true;
   }
@@ -43,8 +43,8 @@ bool Housekeeping::take_notes() {
   const bool is_any = store.has_notes() || results.has_notes() || core_.waits.has_left() ||
                       reclaimed_ != core_.reclaimer.times() || (core_.fd_store.has_changes() && !is_telling_);
   if (!is_any) return false;
+  results.finish_settled(Core::now());  // which serves arrays
   note_served_and_dropped();
-  results.finish_settled(Core::now());
   if (!results.unsealed().empty()) start_retrying_seals();
   for (auto& name : store.take_changed_names()) core_.waits.wake({Topic::array_name, 0, std::move(name)});
   for (const auto& [set, change] : results.take_changed()) wake_for(set, change);
@@ -98,10 +98,7 @@ void Housekeeping::note_served_and_dropped() {
       core_.fd_store.keep(array, record->segment.reader.get());
     if (store.unlinked().contains(array)) start_rewriting();  // it lost its file before it was sealed
   }
-  for (const ArrayId array : store.take_dropped()) {
-    core_.results.forget_array(array);
-    core_.fd_store.forget(array);
-  }
+  core_.forget_dropped();
   if (is_telling_ || !core_.fd_store.has_changes()) return;
   is_telling_ = true;
   asio::co_spawn(core_.io, tell_service_manager(), asio::detached);

@@ -51,11 +51,12 @@ Reclaimer::Pieces Reclaimer::taken() {
   return all;
 }
 
-// In lots, each in the lane that its size asks for.
-asio::awaitable<Reclaimer::Pieces> Reclaimer::try_remove(Pieces pieces) {
-  Pieces tried;
+// In lots, with the others' turns in between.
+asio::awaitable<std::uint64_t> Reclaimer::reclaim(Pieces pieces) {
+  std::uint64_t refused_bytes = 0;
   auto next = pieces.begin();
   while (next != pieces.end()) {
+    if (next != pieces.begin()) co_await asio::post(io_, asio::use_awaitable);
     Pieces lot;
     std::uint64_t size_bytes = 0;
     const uid_t user = next->garbage.owner.value_or(0);
@@ -69,15 +70,14 @@ asio::awaitable<Reclaimer::Pieces> Reclaimer::try_remove(Pieces pieces) {
       for (Piece& piece : lot) piece.is_free = env_.try_remove(piece.garbage.segment);
       return true;
     };
-    if (!tried.empty()) co_await asio::post(io_, asio::use_awaitable);  // it is the others' turn
     co_await background_.run_sized(size_bytes, user, std::move(work));
-    std::ranges::move(lot, std::back_inserter(tried));
+    refused_bytes += settle(std::move(lot));
   }
-  co_return tried;
+  co_return refused_bytes;
 }
 
-asio::awaitable<std::uint64_t> Reclaimer::reclaim(Pieces pieces) {
-  auto tried = co_await try_remove(std::move(pieces));
+// The room of what is gone is free, the rest is tried again. How many bytes that is.
+std::uint64_t Reclaimer::settle(Pieces tried) {
   const auto refused = std::ranges::stable_partition(tried, [](const Piece& piece) { return piece.is_free; });
   if (refused.begin() != tried.begin()) ++times_;
   std::uint64_t refused_bytes = 0;
@@ -85,9 +85,9 @@ asio::awaitable<std::uint64_t> Reclaimer::reclaim(Pieces pieces) {
     refused_bytes += piece.garbage.memory.size_bytes();
     keep_outside(std::move(piece));
   }
-  tried.clear();  // their room is free
+  tried.clear();
   waits_.wake({WaitKey::Topic::reclaimed});
-  co_return refused_bytes;
+  return refused_bytes;
 }
 
 // The pause grows with the time that it has been held: some twenty tries in the first second, later one in

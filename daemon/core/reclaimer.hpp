@@ -48,7 +48,7 @@ class Reclaimer {
 
   [[nodiscard]] Pieces taken();
   [[nodiscard]] asio::awaitable<std::uint64_t> reclaim(Pieces pieces);
-  [[nodiscard]] asio::awaitable<Pieces> try_remove(Pieces pieces);
+  [[nodiscard]] std::uint64_t settle(Pieces tried);
   void keep_outside(Piece piece);
   [[nodiscard]] Pieces take_outside(Tick until);
   [[nodiscard]] asio::awaitable<void> retry_outside();

@@ -180,11 +180,18 @@ Answer evict(Call& call, const wire::Evict& table) {
   if (!selection) co_return error_of(selection);
   if (table.lru_bytes() > 0) selection = store.least_used(session, table.lru_bytes());
   Store::Evicted evicted;
-  auto some = [&] { return store.evict_some(session, *selection, evicted, asked); };
-  if (const auto done = co_await in_slices(call, some); !done) co_return error_of(done);
+  std::uint64_t held_bytes = 0;
+  for (bool is_done = false; !is_done;) {
+    const auto done = store.evict_some(session, *selection, evicted, asked);
+    if (!done) co_return error_of(done);
+    is_done = *done;
+    // So that what is free after the answer is free.
+    call.core.forget_dropped();
+    held_bytes += co_await call.core.reclaimer.reclaim_now();
+    if (!is_done) co_await asio::post(call.core.io, asio::use_awaitable);  // it is the others' turn
+    if (call.session->gone()) co_return peer_gone(call);
+  }
   log_change(call, evicted.names, "evicted");
-  // So that what is free after the answer is free.
-  const std::uint64_t held_bytes = co_await call.core.reclaimer.reclaim_now();
   evicted.freed_bytes -= std::min(evicted.freed_bytes, held_bytes);
   co_return names_reply(call, evicted);
 }

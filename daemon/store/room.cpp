@@ -19,8 +19,10 @@ constexpr std::size_t kNamedHolders = 3;  // in the message of out_of_memory
 
 Result<void> Store::make_room(std::uint64_t size_bytes) {
   if (!memory_.can_make_room(size_bytes)) return tl::unexpected(no_room(size_bytes));
-  while (!memory_.expects_room(size_bytes)) drain(records_.at(*evictable_.oldest()));
-  // What was evicted is still being given back: the caller tries again when it is.
+  for (std::size_t evicted = 0; !memory_.expects_room(size_bytes) && evicted < kChangedAtOnce; ++evicted)
+    drain(records_.at(*evictable_.oldest()));
+  // What was evicted is still being given back: the caller tries again when it is, and evicts more if need
+  // be.
   if (!memory_.has_room(size_bytes)) return tl::unexpected(no_room(size_bytes));
   return {};
 }

@@ -80,7 +80,8 @@ Result<void> Store::select_names(SessionId session, Selection& selection, bool m
     if (!selection.is_matched.contains(i) && !may_be_gone)
       return not_to_be_changed(selection.patterns[i].text());
   }
-  selection.ids.insert(selection.ids.end(), named.begin(), named.end());
+  selection.ids.insert(selection.ids.begin(), named.begin(), named.end());
+  selection.named = named.size();
   selection.is_complete = true;
   return {};
 }
@@ -88,7 +89,8 @@ Result<void> Store::select_names(SessionId session, Selection& selection, bool m
 // Some of what is left to do. Anything may have happened to it since it was found.
 std::vector<ArrayRecord*> Store::take_selected(Selection& selection) {
   std::vector<ArrayRecord*> taken;
-  const std::size_t end = std::min(selection.ids.size(), selection.next + kChangedAtOnce);
+  const std::size_t at_once = std::max(kChangedAtOnce, selection.next == 0 ? selection.named : 0);
+  const std::size_t end = std::min(selection.ids.size(), selection.next + at_once);
   for (; selection.next < end; ++selection.next) {
     const auto record = records_.find(selection.ids[selection.next]);
     if (record != records_.end() && is_current(record->second)) taken.push_back(&record->second);
@@ -103,11 +105,13 @@ Result<bool> Store::evict_some(SessionId session, Selection& selection, Evicted&
   if (is_first) {
     for (const auto& name : selection.names) {
       const ArrayId current = current_of(name);
-      if (current != 0 && records_.at(current).pinned) return is_pinned(name);
+      if (current == 0 || !records_.at(current).pinned) continue;
+      if (!asked || records_.at(current).sealed < *asked) return is_pinned(name);
     }
   }
   for (ArrayRecord* record : take_selected(selection)) {
     if (asked && record->sealed >= *asked) continue;
+    if (selection.is_idle && (record->views > 0 || record->pinned)) continue;
     if (record->pinned) {
       evicted.passed_over.push_back(record->name);
       continue;
@@ -135,7 +139,7 @@ Result<bool> Store::pin_some(SessionId session, Selection& selection, bool pinne
 
 // Of what nobody views, and the session may change.
 Selection Store::least_used(SessionId session, std::uint64_t size_bytes) const {
-  Selection selection{.is_complete = true};
+  Selection selection{.is_complete = true, .is_idle = true};
   std::uint64_t found_bytes = 0;
   auto evictable = evictable_.all().begin();
   auto kept = kept_.all().begin();

@@ -66,10 +66,12 @@ struct Selection {
 
   std::uint64_t after = 0;  // arrays up to this id were held against the patterns
   std::uint64_t steps = 0;
-  std::vector<std::uint64_t> ids{};    // that match one, in ascending order; then those of the names
+  std::vector<std::uint64_t> ids{};    // that match one, in ascending order; in the end all
   std::set<std::size_t> is_matched{};  // which of the patterns something matches
   bool is_complete = false;            // the names are among the ids
+  std::size_t named = 0;               // so many of them, the first ones; all are done in one turn
   std::size_t next = 0;                // of the ids, the first that is left to do
+  bool is_idle = false;                // what is used by now stays
 };
 
 }  // namespace cowmgr

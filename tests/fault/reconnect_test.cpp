@@ -1,5 +1,6 @@
 // Clients whose daemon goes away, and comes back: they find it by themselves, and nothing that they hold is
 // lost.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -336,6 +337,41 @@ TEST_F(Reconnect, AtAnyInstantFailsNoCallAndLosesNothing) {
 
 // The arguments do not fit the job, and are an array of their own; the input is known by its id alone; what
 // the chunks fill is one array too. The daemon dies all the while.
+// Whoever computes for longer than the grace period without a call keeps its slot, a forked child too.
+TEST_F(Reconnect, IsDoneByAForkedChildThatHasASlot) {
+  const Client client = persistent();
+  Child child([&](const Link& test) {
+    auto set = client.create_ragged("r", 1);
+    const auto slot = set->lease();
+    ASSERT_THAT(slot, Succeeds());
+    test.say("leased");
+    test.await_word();
+  });
+  child.expect("leased");
+  kill_and_start();
+  const Client other = connect();
+  EXPECT_TRUE(eventually([&] {
+    const auto clients = other.clients();
+    return clients && std::ranges::any_of(*clients, [&](const auto& one) { return one.pid == child.pid(); });
+  })) << "without a call of its own";
+  child.tell();
+  EXPECT_EQ(child.wait(), 0);
+}
+
+// Threads that all find the daemon gone wait together, and not one after the other: that would take them half
+// a minute here.
+TEST_F(Reconnect, IsInVainForAllThreadsAtOnce) {
+  const Client client = connect("impatient", std::chrono::seconds(1));
+  kill();
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 32; ++i)
+    threads.emplace_back([&] { EXPECT_THAT(client.ping(), FailsWith(Errc::disconnected)); });
+  for (auto& thread : threads) thread.join();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(16));
+  start_keeping();
+}
+
 TEST_F(Reconnect, OfAPoolLetsARunningJobFinish) {
   constexpr std::size_t kItems = 20'000;
   const Client client = persistent();

@@ -410,6 +410,26 @@ TEST_F(ResultsRestart, ADamagedSetIsMovedAside) {
   }
 }
 
+// A handle whose lease ran out says nothing of the one that has the slot now.
+TEST_F(ResultsRestart, ASlotThatTheSameWorkerLeasedOnceMoreIsStillItsOwn) {
+  const Client client = persistent();
+  auto set = client.create_results("r", rows_spec(), 1, {.lease = std::chrono::seconds(2)});
+  ASSERT_THAT(set, Succeeds());
+  auto late = *set->lease();
+  ASSERT_TRUE(late);
+  auto again = *set->lease();  // waits for the first lease to run out
+  ASSERT_TRUE(again);
+  ASSERT_EQ(again->attempt(), 2U);
+  EXPECT_THAT(late->commit(), FailsWith(Errc::not_holder));
+  late.reset();
+  kill_and_start();
+  fill(*again);
+  EXPECT_THAT(again->commit(), Succeeds());
+  const auto array = set->wait();
+  ASSERT_THAT(array, Succeeds());
+  expect_filled(*array);
+}
+
 // ---- A whole job ----
 
 // Workers of their own processes, a maker, and a daemon that dies again and again: every slot is committed

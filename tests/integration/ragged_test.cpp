@@ -197,6 +197,20 @@ TEST_F(Ragged, HandExceptionsBackWithTheirSlot) {
   EXPECT_EQ(text_of(set.value(4)), "ok") << "the others are there";
 }
 
+// What the task has ended itself, or somebody else has by now, is passed over whatever the task says.
+TEST_F(Ragged, PassOverASlotThatItsTaskHasEnded) {
+  const Client client = connect();
+  ResultSet set = make(client, 4);
+  const auto done = set.work([](Slot& slot) -> Result<void> {
+    if (slot.index() != 1 && slot.index() != 2) return slot.set_value(bytes_of("ok"));
+    EXPECT_THAT(slot.index() == 1 ? slot.fail("enough") : slot.commit(), Succeeds());
+    return fail(Errc::invalid_argument, "too late");
+  });
+  EXPECT_THAT(done, testing::Optional(2U));
+  EXPECT_EQ(set.slot(1)->reason, "enough");
+  EXPECT_EQ(set.slot(2)->state, SlotState::committed);
+}
+
 // As when two daemons died of what the task asked for; but what always dies of it must end.
 TEST_F(Ragged, GiveBackTheSlotOfATaskThatLostItsDaemon) {
   const Client client = connect();

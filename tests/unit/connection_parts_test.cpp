@@ -88,8 +88,20 @@ TEST(Holdings, CountsEndsForADaemonThatWasToldBefore) {
   Grants granted{.set = 3, .slots = {5}, .attempts = {1}};
   holdings.keep(granted, nullptr);
   const auto before = holdings.ends();
-  holdings.forget_slot(3, 5);
+  holdings.forget_slot(3, 5, 1);
   EXPECT_GT(holdings.ends(), before);
+  EXPECT_EQ(told_of(holdings).slots, 0U);
+}
+
+TEST(Holdings, KeepASlotThatWasLeasedOnceMore) {
+  Holdings holdings;
+  Grants first{.set = 3, .slots = {5}, .attempts = {1}};
+  holdings.keep(first, nullptr);
+  Grants second{.set = 3, .slots = {5}, .attempts = {2}};
+  holdings.keep(second, nullptr);
+  holdings.forget_slot(3, 5, 1);
+  EXPECT_EQ(told_of(holdings).slots, 1U);
+  holdings.forget_slot(3, 5, 2);
   EXPECT_EQ(told_of(holdings).slots, 0U);
 }
 
