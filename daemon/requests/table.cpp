@@ -17,18 +17,18 @@ struct Row {
 };
 using Table = std::array<Row, static_cast<std::size_t>(Body::MAX) + 1>;
 
-template <class Request, Answer (*handler)(Call&, const Request&)>
+template <class Request, Answer (*Handler)(Call&, const Request&)>
 constexpr void add(Table& table) {
   Row& row = table[static_cast<std::size_t>(wire::RequestBodyTraits<Request>::enum_value)];
   row.answer = [](Call& call, const wire::Request& request) {
-    return handler(call, *request.body_as<Request>());
+    return Handler(call, *request.body_as<Request>());
   };
 }
-template <class Request, Answer (*handler)(Call&, const Request&), Result<void> (*check)(const Request&)>
+template <class Request, Answer (*Handler)(Call&, const Request&), Result<void> (*Check)(const Request&)>
 constexpr void add(Table& table) {
-  add<Request, handler>(table);
+  add<Request, Handler>(table);
   Row& row = table[static_cast<std::size_t>(wire::RequestBodyTraits<Request>::enum_value)];
-  row.check = [](const wire::Request& request) { return check(*request.body_as<Request>()); };
+  row.check = [](const wire::Request& request) { return Check(*request.body_as<Request>()); };
 }
 
 constexpr Table kTable = [] {

@@ -27,12 +27,10 @@ bool ResultSets::may(SessionId session, const ResultSetRecord& set, Right right)
 Result<const ResultSetRecord*> ResultSets::open(SessionId session, std::string_view name) const {
   const auto named = by_name_.find(name);
   if (named == by_name_.end()) return no_such_set(name);
-  const ResultSetRecord* newest = nullptr;
+  const ResultSetRecord* newest = &sets_.at(*named->second.begin());
   for (const ArrayId id : named->second) {
     const ResultSetRecord& set = sets_.at(id);
-    const bool is_better =
-        newest == nullptr || set.state == SetState::running || newest->state != SetState::running;
-    if (is_better) newest = &set;
+    if (set.state == SetState::running || newest->state != SetState::running) newest = &set;
   }
   if (may(session, *newest, Right::write) || may(session, *newest, Right::read)) return newest;
   return not_yours(*newest, "see it");

@@ -138,8 +138,7 @@ TEST(ChargesTest, AChargeIsGivenBackOnceWhereverItGoes) {
   Charges charges({.owner_bytes = 100, .owner_arrays = 1, .owner_sessions = 1});
   {
     auto array = charges.array(kUid, 100);
-    Charge moved = *std::move(array);
-    array->give_back();
+    const Charge moved = *std::move(array);
     EXPECT_THAT(charges.array(kUid, 0), FailsWith(Errc::quota_exceeded)) << "it is in `moved`";
     EXPECT_EQ(moved.user(), kUid);
   }
