@@ -127,7 +127,8 @@ Log::Log(const LogOptions& options)
 Log::~Log() {
   const auto end = Clock::now() + patience_;
   sink_->hurry(end);
-  spdlog::default_logger()->flush();
+  const auto logger = spdlog::default_logger();  // which goes after the thread, and not in it
+  logger->flush();
   spdlog::set_default_logger(
       std::make_shared<spdlog::logger>("", std::make_shared<spdlog::sinks::null_sink_st>()));
   // Somebody else may have filled the pipe just before a write, which waits then: the thread ends with the
