@@ -179,6 +179,11 @@ class Connection {
   struct TableOf<Offset<Table>> {
     using Type = Table;
   };
+  template <class Build>
+  [[nodiscard]] static constexpr RequestRule rule_of_table() noexcept {
+    using Table = typename TableOf<std::invoke_result_t<Build, Builder&>>::Type;
+    return rule_of(wire::RequestBodyTraits<Table>::enum_value);
+  }
 
   explicit Connection(const Options& options);
   template <class Body, class Build, class Take>
@@ -234,9 +239,9 @@ auto Connection::call_within(const Build& build, const Take& take, Attempt attem
 template <class Body, class Build, class Take>
 auto Connection::try_call(const Build& build, const Take& take, Attempt& attempt)
     -> std::invoke_result_t<Take, Reply<Body>&> {
-  using Table = typename TableOf<std::invoke_result_t<Build, Builder&>>::Type;
-  attempt.is_repeatable =
-      rule_of(wire::RequestBodyTraits<Table>::enum_value).is_sent_again && resumption_.is_wanted();
+  constexpr RequestRule kRule = rule_of_table<Build>();
+  static_assert(kRule.has_reply, "notify() is for requests that have no reply");
+  attempt.is_repeatable = kRule.is_sent_again && resumption_.is_wanted();
   attempt.may_try_again = false;
   auto use = begin_use(attempt.is_repeatable, attempt.limit);
   if (!use) return error_of(std::move(use));
@@ -252,6 +257,7 @@ auto Connection::try_call(const Build& build, const Take& take, Attempt& attempt
 
 template <class Build>
 void Connection::notify(const Build& build) noexcept {
+  static_assert(!rule_of_table<Build>().has_reply, "its reply would be taken for that of the next request");
   try {
     auto use = begin_use(false, limit());
     if (!use) return;

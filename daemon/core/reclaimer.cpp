@@ -31,11 +31,9 @@ Reclaimer::Reclaimer(asio::io_context& io, const ShmEnv& env, Store& store, Back
                      WaitList& waits)
     : io_(io), env_(env), store_(store), background_(background), waits_(waits), retry_(io) {}
 
-bool Reclaimer::take_garbage() {
+void Reclaimer::take_garbage() {
   auto pieces = taken();
-  if (pieces.empty()) return false;
-  asio::co_spawn(io_, reclaim(std::move(pieces)), asio::detached);
-  return true;
+  if (!pieces.empty()) asio::co_spawn(io_, reclaim(std::move(pieces)), asio::detached);
 }
 
 asio::awaitable<std::uint64_t> Reclaimer::reclaim_now() {

@@ -26,8 +26,8 @@ class Reclaimer {
   Reclaimer(const Reclaimer&) = delete;
   Reclaimer& operator=(const Reclaimer&) = delete;
 
-  // Takes what is garbage by now, and gives it back in the background. Whether there was any.
-  bool take_garbage();
+  // Takes what is garbage by now, and gives it back in the background.
+  void take_garbage();
   // The same, and waits for it. Returns how many bytes of it are not given back, since others have them.
   [[nodiscard]] asio::awaitable<std::uint64_t> reclaim_now();
   // Looks whether what outsiders hold is free by now, unless somebody has just looked: for who lacks room.

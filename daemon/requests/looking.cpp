@@ -62,13 +62,8 @@ Answer list_arrays(Call& call, const wire::ListArrays& table) {
   if (!filter) co_return error_of(filter);
   const auto page = call.core.store.list(call.session->id(), *filter, table.after(), limit);
   Page<wire::ArrayInfo> arrays(call.builder);
-  for (const ArrayRecord* record : page.entries) {
-    if (arrays.is_full()) break;
-    arrays.add(pack_array(call, *record));
-  }
-  const bool is_whole = arrays.size() == page.entries.size();
-  co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays.items(),
-                                              is_whole ? page.next : page.entries[arrays.size() - 1]->id));
+  const auto next = add_all(arrays, page, [&](const auto& record) { return pack_array(call, record); });
+  co_return reply_of(wire::CreateArraysDirect(call.builder, &arrays.items(), next));
 }
 
 Answer list_clients(Call& call, const wire::ListClients& table) {

@@ -50,4 +50,16 @@ class Page {
   std::vector<Offset<Item>> items_;
 };
 
+// Packs the entries of a listing, as many as fit. Returns after which id to ask for more; 0: there is no
+// more.
+template <class Item, class Record, class Pack>
+[[nodiscard]] std::uint64_t add_all(Page<Item>& page, const Listing<Record>& listing, const Pack& pack) {
+  for (const Record* record : listing.entries) {
+    if (page.is_full()) break;
+    page.add(pack(*record));
+  }
+  const bool is_whole = page.size() == listing.entries.size();
+  return is_whole ? listing.next : listing.entries[page.size() - 1]->id;
+}
+
 }  // namespace cowmgr

@@ -135,9 +135,7 @@ Answer create_results(Call& call, const wire::MakeResults& table) {
     made = co_await make_ragged(call, *request, terms);
   else
     made = co_await make_dense(call, *request, terms);
-  if (!made) {
-    co_return error_of(made);
-  }
+  if (!made) co_return error_of(made);
   const ResultSetRecord& set = **made;
   call.core.log.info(call.session->peer().uid, [&] {
     return fmt::format("result set {} (#{}, {} slots, {}) made by process {}", printable(set.name), set.id,
@@ -244,13 +242,8 @@ Answer list_results(Call& call, const wire::ListResults& table) {
   if (!filter) co_return error_of(filter);
   const auto page = call.core.results.list(call.session->id(), *filter, table.after(), limit);
   Page<wire::ResultsInfo> sets(call.builder);
-  for (const ResultSetRecord* set : page.entries) {
-    if (sets.is_full()) break;
-    sets.add(pack(call.builder, *set));
-  }
-  const bool is_whole = sets.size() == page.entries.size();
-  co_return reply_of(wire::CreateResultsDirect(call.builder, &sets.items(),
-                                               is_whole ? page.next : page.entries[sets.size() - 1]->id));
+  const auto next = add_all(sets, page, [&](const auto& set) { return pack(call.builder, set); });
+  co_return reply_of(wire::CreateResultsDirect(call.builder, &sets.items(), next));
 }
 
 }  // namespace cowmgr

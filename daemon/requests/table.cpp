@@ -4,7 +4,6 @@
 
 #include "daemon/requests/bounds.hpp"
 #include "daemon/requests/handlers.hpp"
-#include "proto/requests.hpp"
 
 namespace cowmgr {
 namespace {

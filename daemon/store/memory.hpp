@@ -43,7 +43,6 @@ class Memory {
     ~Share() { give_back(); }
 
     [[nodiscard]] std::uint64_t size_bytes() const noexcept { return size_bytes_; }
-    [[nodiscard]] MemoryState state() const noexcept { return state_; }
     void move_to(MemoryState state) noexcept;
     // In the state that it is in.
     void grow(std::uint64_t more_bytes) noexcept;

@@ -239,11 +239,7 @@ void ResultSets::close_session(SessionId session, std::string_view reason, Time 
       remove(set);
       continue;
     }
-    if (const auto token = by_token_.find({session, set.terms.token});
-        token != by_token_.end() && token->second == id)
-      by_token_.erase(token);
-    set.session = 0;
-    forget_role(session, set);
+    forget_maker(set);
   }
 }
 

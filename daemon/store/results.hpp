@@ -254,6 +254,7 @@ class ResultSets {
   void add_worker(ResultSetRecord& set, SessionId session);
   bool drop_worker(ResultSetRecord& set, SessionId session);
   void forget_role(SessionId session, const ResultSetRecord& set);
+  void forget_maker(ResultSetRecord& set);
   void keep_queue(const ResultSetRecord& set);
   void keep_deadline(ResultSetRecord& set);
   void invite(SessionId session, ResultSetRecord& set, Tick now);

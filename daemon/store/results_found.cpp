@@ -98,10 +98,7 @@ void ResultSets::forget(ResultSetRecord& set) {
   if (const auto named = by_name_.find(set.name); named->second.erase(set.id) > 0 && named->second.empty())
     by_name_.erase(named);
   for (const SessionId worker : std::exchange(set.workers, {})) forget_role(worker, set);
-  if (const auto token = by_token_.find({set.session, set.terms.token});
-      token != by_token_.end() && token->second == set.id)
-    by_token_.erase(token);
-  forget_role(std::exchange(set.session, 0), set);
+  forget_maker(set);
   if (set.deadline) deadlines_.erase({*set.deadline, set.id});
   settled_.erase(set.id);
   unsealed_.erase(set.id);
@@ -123,6 +120,12 @@ void ResultSets::forget_role(SessionId session, const ResultSetRecord& set) {
   if (at == of_session_.end() || set.session == session || set.workers.contains(session)) return;
   at->second.erase(set.id);
   if (at->second.empty()) of_session_.erase(at);
+}
+
+void ResultSets::forget_maker(ResultSetRecord& set) {
+  const auto token = by_token_.find({set.session, set.terms.token});
+  if (token != by_token_.end() && token->second == set.id) by_token_.erase(token);
+  forget_role(std::exchange(set.session, 0), set);
 }
 
 std::vector<ArrayId> ResultSets::sets_of(SessionId session) const {
