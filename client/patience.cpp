@@ -42,11 +42,11 @@ Limit Patience::limit() const noexcept {
 
 bool Patience::may_ask_again(const Error& error) const {
   if (is_over()) return false;
-  return error.code == Errc::timed_out || (is_look_ && error.code == Errc::not_found);
+  return error.code == Errc::timed_out || (wait_ms() == 0 && error.code == Errc::not_found);
 }
 
 Error Patience::last_word(const Error& error) const {
-  if (!is_look_ || wait_.count() == 0 || error.code != Errc::not_found) return error;
+  if (wait_ms() > 0 || wait_.count() == 0 || error.code != Errc::not_found) return error;
   return {Errc::timed_out, fmt::format("{}; it did not come within {} ms", error.message, wait_.count())};
 }
 

@@ -17,6 +17,7 @@
 #include "client/channel_pool.hpp"
 #include "client/fork_guard.hpp"
 #include "client/holdings.hpp"
+#include "client/patience.hpp"
 #include "client/releases.hpp"
 #include "client/resumption.hpp"
 #include "client/turns.hpp"
@@ -113,6 +114,25 @@ TEST(Turns, AreLimitedAndComeBack) {
   EXPECT_FALSE(turns.begin(Milliseconds(0)));
   turns.end();
   EXPECT_TRUE(turns.begin(Milliseconds(0)));
+}
+
+// ---- Patience ----
+
+// Whose time ends between two requests asks once more, without a wait: that it is not there has waited, too.
+TEST(PatienceOfACaller, EndsAsAWaitHoweverLittleWasLeftOfIt) {
+  Turns turns;
+  Patience patience(turns, Milliseconds(1), kForever);
+  patience.next();
+  const Error missing{Errc::not_found, "there is no array"};
+  while (!patience.is_over()) {
+  }
+  patience.next();
+  EXPECT_EQ(patience.wait_ms(), 0U);
+  EXPECT_FALSE(patience.may_ask_again(missing));
+  EXPECT_EQ(patience.last_word(missing).code, Errc::timed_out);
+  Patience none(turns, Milliseconds(0), kForever);
+  none.next();
+  EXPECT_EQ(none.last_word(missing).code, Errc::not_found) << "it was asked for without a wait";
 }
 
 // ---- Releases ----
